@@ -35,7 +35,7 @@ OVERFLOWED = (
 _warned = Counter[str]()
 
 
-class Said(NamedTuple):
+class CheckMessage(NamedTuple):
     """The text of a failed check: of an error if `serious`, else of a warning."""
 
     message: str
@@ -59,7 +59,7 @@ torch.library.register_fake("revfx::check", lambda ok, messages, serious: None, 
 has_side_effect(torch.ops.revfx.check.default)  # compiled autograd traces the backward once more, and must keep it
 
 
-def overflows() -> int:
+def count_overflows() -> int:
     """Return the number of backward passes that warned of an overflow so far."""
     return _warned[OVERFLOWED]
 
@@ -74,7 +74,7 @@ def is_overload(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload)
 
 
-def writes(target: Any) -> bool:
+def is_mutating(target: Any) -> bool:
     """Return whether an operator overload writes one of its arguments."""
     return target._schema.is_mutable
 
@@ -85,7 +85,7 @@ def is_pure(target: Any) -> bool:
     return target.namespace in ("aten", "prims") and not target._schema.is_mutable and not is_random
 
 
-def draws(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def is_random(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Return whether an operator overload takes random numbers.
 
     Attention is tagged as random, but takes none without dropout.
@@ -108,13 +108,13 @@ def may_alias(target: Any) -> bool:
     return is_overload(target) and any(r.alias_info is not None for r in target._schema.returns)
 
 
-def plain_input(placeholder: Any) -> int | None:
+def input_number(placeholder: Any) -> int | None:
     """Return the number of a placeholder among the compiled function's inputs; None if it is computed from others."""
     desc = placeholder.meta.get("desc")
     return desc.idx if type(desc).__name__ == "PlainAOTInput" else None
 
 
-def is_held(t: Tensor) -> bool:
+def is_module_attribute(t: Tensor) -> bool:
     """Return whether an input of a dynamo graph is an attribute of a module, not an argument."""
     return getattr(t, "_dynamo_static_input_type", None) is not None
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, fx
 
 from revfx.errors import Cause, Reason
-from revfx.passes.bounds import ANY_NUMBER, bounds
+from revfx.passes.bounds import ANY_NUMBER, find_bounds
 from revfx.passes.elimination import ONE
-from revfx.passes.facts import index_facts, masks
+from revfx.passes.facts import find_masks, index_facts
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import arc_text, container_of, directions_of, given_nodes
 from revfx.passes.program import SELECTS, Arc, Op, Program, Value
-from revfx.passes.sizes import NUMBERS, as_number, fixed, same
+from revfx.passes.sizes import NUMBERS, as_number, is_fixed, is_same_shape
 from revfx.passes.tilings import tiling_arcs
 from revfx.rules import (
     NOT_INJECTIVE,
@@ -65,7 +65,7 @@ def lower(
     Args:
         graph: the graph. Each node has its fake result in `meta["val"]`. Optional keys of `meta`: `storage`, the
             allocation of a value; `barrier`, the reason why no region may contain the node; `where`, the user's file
-            and line; `directions`, which replace those of the rule; `constant`, `facts` and `kept`.
+            and line; `declared`, inverses that the user declared; `constant`, `facts` and `kept`.
         sources: nodes that are sources besides the attributes.
         barred: nodes that no rounding inverse may regenerate, with the reasons. None: codes correct every inverse.
         lossless: every value is regenerated with the forward's bits, not only up to rounding.
@@ -87,7 +87,7 @@ class _Lowering:
     lossless: bool
 
     def __post_init__(self) -> None:
-        self.bounds, self.masks = bounds(self.graph), masks(self.graph)
+        self.bounds, self.masks = find_bounds(self.graph), find_masks(self.graph)
         self.constants = _constant_nodes(self.graph, self.sources)
         self.values: list[Value] = []
         self.index: dict[fx.Node, int] = {}
@@ -154,7 +154,7 @@ class _Lowering:
     def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
         """Return a node's operation with its own arcs."""
         name, ins, directions = op_name(node.target), self._indices(node), self.directions[node]
-        has_rule = "directions" in node.meta or rule_for(node) is not None
+        has_rule = rule_for(node) is not None
         is_unknown = not has_rule or (name in NOT_INJECTIVE and not directions)
         has_matrix = any(isinstance(d, Inverse) and d.matrix is not None for d in directions)
         arcs, refused = self._inverses(node) if outs else ([], {})
@@ -217,7 +217,7 @@ class _Lowering:
             a, factor = d.solves.meta["val"], 1.0 if d.factor is None else d.factor
             if d.rest is None or d.solves in (self.barred or ()):
                 return ()
-            if d.solves.op != "get_attr" and not (a.dtype == y.dtype and same(a.shape, y.shape)):
+            if d.solves.op != "get_attr" and not (a.dtype == y.dtype and is_same_shape(a.shape, y.shape)):
                 return ()
             if not isinstance(factor, (int, float)) or isinstance(self._factor_condition(d, y.dtype), str):
                 return ()
@@ -285,7 +285,7 @@ class _Lowering:
             return Cause(Reason.LOSES_BITS, f"`{name}` turns {a.dtype} into {y.dtype}")
         if inverse.matrix is not None and inverse.matrix not in self.constants:
             return Cause(Reason.NON_INVERTIBLE, f"`{name}` multiplies by a matrix that is computed from data")
-        if inverse.matrix is None and not same(a.shape, y.shape):
+        if inverse.matrix is None and not is_same_shape(a.shape, y.shape):
             return Cause(Reason.LAYOUT, f"`{name}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}")
         return None
 
@@ -333,7 +333,7 @@ def _constant_nodes(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Nod
 
 def _num_elements(value: Value) -> int:
     """Return the number of a value's elements; 0 if it is not fixed."""
-    if not fixed(value.shape):
+    if not is_fixed(value.shape):
         return 0
     return math.prod(value.shape)
 

@@ -144,7 +144,7 @@ MAX_EXACT_INTEGER = 2**53  # a larger end of an interval may be rounded
 EXACT_NUMBERS = (0.0, 0.5, -0.5, 1.0, -1.0, math.inf, -math.inf)  # results that functions meet without an error
 
 
-def bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
+def find_bounds(graph: fx.Graph) -> dict[fx.Node, Interval]:
     """Return an interval for every node that holds all elements, as floating point computes them, except NaN."""
     found: dict[fx.Node, Interval] = {}
     for node in graph.nodes:

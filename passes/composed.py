@@ -21,7 +21,7 @@ def rounds(arc: Arc) -> bool:
     return not arc.exact
 
 
-def composed_all(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
+def fuse_inverses(program: Program, steps: Sequence[Step]) -> tuple[Step, ...]:
     """Return the steps with composed inverses.
 
     Two steps are merged if that saves inverses that round: a cut in the midst of arithmetic is one more value to read.

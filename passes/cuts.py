@@ -81,7 +81,7 @@ class SearchCounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Stuck:
+class DeadEnd:
     """A cut from which no earlier one is derivable.
 
     Attributes:
@@ -109,7 +109,7 @@ def live_before(program: Program, live: Iterable[int], index: int) -> dict[int, 
 
 def find_step(
     program: Program, stop: int, exit: Values, side: frozenset[int], patience: int, counts: SearchCounts
-) -> Step | Stuck:
+) -> Step | DeadEnd:
     """Find the step that ends at a cut, or the reason why there is none.
 
     Args:
@@ -125,7 +125,7 @@ def find_step(
     unknown: set[int] = set()
     fewest: tuple[int, Values] | None = None
     rerunning: Step | None = None  # the nearest step that reruns operations above it
-    blocked: Stuck | None = None  # the nearest point at which nothing is known
+    blocked: DeadEnd | None = None  # the nearest point at which nothing is known
     start, idle = stop, 0
     first_touch = program.first_touch
     reach = min(map(first_touch.__getitem__, (*exit, *side)), default=stop)  # no arc from a known value lies above
@@ -133,7 +133,7 @@ def find_step(
         op = program.ops[start]
         counts.operations += 1
         if op.barrier is not None:
-            return rerunning or blocked or Stuck(start, stop, _unknown_in_order(live, unknown), op.barrier)
+            return rerunning or blocked or DeadEnd(start, stop, _unknown_in_order(live, unknown), op.barrier)
 
         # Move the point above the operation.
         for v in op.outs:
@@ -166,7 +166,7 @@ def find_step(
             fewest = start, _unknown_in_order(live, unknown)
         if len(unknown) == len(live) and start <= reach and program.always.isdisjoint(unknown):
             if blocked is None:
-                blocked = Stuck(start, stop, _unknown_in_order(live, unknown))
+                blocked = DeadEnd(start, stop, _unknown_in_order(live, unknown))
             if not closure.elimination.has_ties():
                 return rerunning or blocked
         if blocked is not None and rerunning is None and blocked.start - start > MAX_SUM_OPS:
@@ -176,7 +176,7 @@ def find_step(
         idle = 0 if new else idle + 1
         if idle > patience:
             break
-    return rerunning or blocked or Stuck(start, stop, _unknown_in_order(live, unknown), fewest_unknown=fewest)
+    return rerunning or blocked or DeadEnd(start, stop, _unknown_in_order(live, unknown), fewest_unknown=fewest)
 
 
 def _unknown_in_order(live: Iterable[int], unknown: Collection[int]) -> Values:

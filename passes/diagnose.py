@@ -7,11 +7,11 @@ from dataclasses import replace
 import networkx as nx
 
 from revfx.errors import Cause, Reason, Refusal
-from revfx.passes.cuts import Stuck
+from revfx.passes.cuts import DeadEnd
 from revfx.passes.program import Op, Program
 
 
-def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
+def diagnose(program: Program, stuck: DeadEnd) -> list[Refusal]:
     """Return the root causes of a stuck cut, each with the operation and the user's file and line.
 
     Unknown values form a graph with edges to the unknown values that their arcs read. A root cause is a sink of its
@@ -35,7 +35,7 @@ def diagnose(program: Program, stuck: Stuck) -> list[Refusal]:
     return found
 
 
-def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
+def _dependencies(program: Program, stuck: DeadEnd) -> nx.DiGraph[int]:
     """Return the graph of unknown values, with edges to those that their inverses in the tried operations read."""
     window = range(stuck.start, stuck.stop)
     graph: nx.DiGraph[int] = nx.DiGraph()
@@ -60,12 +60,12 @@ def _dependencies(program: Program, stuck: Stuck) -> nx.DiGraph[int]:
     return graph
 
 
-def _readers(program: Program, stuck: Stuck, value: int) -> list[Op]:
+def _readers(program: Program, stuck: DeadEnd, value: int) -> list[Op]:
     """Return the tried operations that read a value."""
     return [program.ops[i] for i in program.users[value] if stuck.start <= i < stuck.stop]
 
 
-def _explain_lost(program: Program, stuck: Stuck, value: int) -> Refusal:
+def _explain_lost(program: Program, stuck: DeadEnd, value: int) -> Refusal:
     """Return the refusal for a value that no tried operation has an inverse for."""
     name, made = program.values[value].name, program.made_at[value]
     for op in _readers(program, stuck, value):
@@ -75,7 +75,7 @@ def _explain_lost(program: Program, stuck: Stuck, value: int) -> Refusal:
     return Refusal(Reason.VALUE_LOST, (maker,), where, f"`{name}` is read nowhere that could give it back")
 
 
-def _explain_cycle(program: Program, stuck: Stuck, members: set[int]) -> list[Refusal]:
+def _explain_cycle(program: Program, stuck: DeadEnd, members: set[int]) -> list[Refusal]:
     """Return the refusal for a value that would be solved from something computed from itself: `y = x + f(x)`.
 
     If the whole cycle passes through a value without an inverse, then that value is the cause.
@@ -91,7 +91,7 @@ def _explain_cycle(program: Program, stuck: Stuck, members: set[int]) -> list[Re
     return []
 
 
-def _explain_addition(program: Program, stuck: Stuck, op: Op, head: int) -> Refusal:
+def _explain_addition(program: Program, stuck: DeadEnd, op: Op, head: int) -> Refusal:
     """Return the refusal for a value that operation `op` adds to something computed from the value."""
     name, names, via = program.values[head].name, [op.name], ""
     for reader in _readers(program, stuck, head):
@@ -103,7 +103,7 @@ def _explain_addition(program: Program, stuck: Stuck, op: Op, head: int) -> Refu
     return Refusal(Reason.NO_COUPLING, tuple(names), op.where, text)
 
 
-def _find_waist(program: Program, stuck: Stuck, members: set[int]) -> int | None:
+def _find_waist(program: Program, stuck: DeadEnd, members: set[int]) -> int | None:
     """Return the last of `members` without an inverse at which all members made before are no longer read.
 
     Values that are read below the tried operations are known, so they do not count.

@@ -1,7 +1,7 @@
 """Facts about the values of constants: an index is a permutation or holds certain numbers, a factor is a mask.
 
 A compiler sees no values, so facts are found with the real tensors. Each user of a fact checks it in every run
-(`check`): a changed buffer raises an error and never causes a wrong gradient.
+(`make_fact_check`): a changed buffer raises an error and never causes a wrong gradient.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from revfx.passes import _torch
-from revfx.passes.sizes import fixed
+from revfx.passes.sizes import is_fixed
 from revfx.rules import op_name
 
 
@@ -43,7 +43,7 @@ def facts_of(inputs: Iterable[Any]) -> Facts:
         if isinstance(t, Tensor):
             for fact in facts_about(t):
                 # A graph is compiled and cached for the numbers in a fact. Only a model's own tensors keep theirs.
-                if isinstance(fact, str) or _torch.is_held(t):
+                if isinstance(fact, str) or _torch.is_module_attribute(t):
                     found.append((i, fact))
     return tuple(found)
 
@@ -64,14 +64,14 @@ def facts_about(t: Any) -> tuple[Fact, ...]:
         return tuple(found)
 
 
-def holds(fact: Fact, t: Tensor) -> bool:
+def fact_holds(fact: Fact, t: Tensor) -> bool:
     """Return whether a fact is true of a tensor; synchronizes with the device."""
     if isinstance(fact, tuple):
         return t.numel() == len(fact) and tuple(t.flatten().tolist()) == fact
     return fact in facts_about(t)
 
 
-def truths_of(t: Tensor) -> tuple[Fact, ...]:
+def binary_facts(t: Tensor) -> tuple[Fact, ...]:
     """Return the elements of a small boolean tensor as a fact; synchronizes with the device."""
     if t.dtype != torch.bool or t.is_meta or not 0 < t.numel() <= LIMIT:
         return ()
@@ -102,7 +102,7 @@ CHECKS: Mapping[str, tuple[Callable[..., Tensor], str]] = {
 }
 
 
-def check(fact: Fact, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
+def make_fact_check(fact: Fact, name: str, where: str) -> tuple[Callable[..., Tensor], str]:
     """Return the test of a fact, and the error message for a run in which the test fails.
 
     Args:
@@ -149,7 +149,7 @@ def _keeps_elements(node: fx.Node) -> bool:
     return moves and bool(node.args) and isinstance(node.args[0], fx.Node)
 
 
-def constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]]) -> dict[fx.Node, Tensor]:
+def fold_constants(graph: fx.Graph, facts: MutableMapping[fx.Node, tuple[Fact, ...]]) -> dict[fx.Node, Tensor]:
     """Fold nodes that depend on numbers alone, such as the index of a `roll`, or on numbers in `facts`.
 
     Only integers and booleans are folded, and at most `LIMIT` elements. The numbers of nodes that depend on `facts`
@@ -177,7 +177,7 @@ def _known_value(node: fx.Node, facts: Iterable[Fact]) -> Tensor | None:
     for fact in facts:
         if isinstance(fact, tuple):
             val = node.meta["val"]
-            if not fixed(val.shape):
+            if not is_fixed(val.shape):
                 return None
             device = "cpu" if val.is_meta else val.device  # a graph without data stands for one on a real device
             return torch.tensor(fact, dtype=val.dtype, device=device).reshape(val.shape)
@@ -212,7 +212,7 @@ def _is_foldable(node: fx.Node) -> bool:
     if node.op != "call_function" or not isinstance(val, Tensor) or not _torch.is_overload(node.target):
         return False
     is_integer = not val.is_floating_point() and not val.is_complex() and val.layout == torch.strided
-    return is_integer and fixed(val.shape) and val.numel() <= LIMIT and _torch.is_pure(node.target)
+    return is_integer and is_fixed(val.shape) and val.numel() <= LIMIT and _torch.is_pure(node.target)
 
 
 # --- masks: nodes that hold zeros and ones, and the places where other nodes are zero
@@ -241,7 +241,7 @@ class Masks:
     one: Mapping[fx.Node, Places]
 
 
-def masks(graph: fx.Graph) -> Masks:
+def find_masks(graph: fx.Graph) -> Masks:
     """Return the masks of a graph: booleans, values that are known to be binary, and their negations."""
     of: dict[fx.Node, Mask] = {}
     zero: dict[fx.Node, Places] = {}

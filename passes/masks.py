@@ -24,7 +24,7 @@ from revfx.errors import Cause
 from revfx.passes.facts import ZEROS_AND_ONES, Mask, Masks, plain_name
 from revfx.passes.moves import arc_text, given_nodes
 from revfx.passes.program import Arc, Found
-from revfx.passes.sizes import same
+from revfx.passes.sizes import is_same_shape
 from revfx.rules import Direction, Inverse, Masked
 
 
@@ -211,7 +211,7 @@ class MaskedArcs:
 
 def _is_same_type(whole: fx.Node, node: fx.Node) -> bool:
     a, y = whole.meta.get("val"), node.meta["val"]
-    return isinstance(a, Tensor) and a.dtype == y.dtype and same(a.shape, y.shape)
+    return isinstance(a, Tensor) and a.dtype == y.dtype and is_same_shape(a.shape, y.shape)
 
 
 def _compose(first: Callable[..., Tensor], n: int, then: Callable[..., Tensor], *tail: Tensor) -> Tensor:

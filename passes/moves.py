@@ -16,8 +16,6 @@ def directions_of(node: fx.Node) -> list[Direction]:
 
     A rule that needs a symbolic size yields nothing.
     """
-    if "directions" in node.meta:
-        return list(node.meta["directions"])
     rule, declared = rule_for(node), [*node.meta.get("declared", ())]
     if rule is None or node.meta.get("barrier") is not None or not node.all_input_nodes:
         return declared

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from revfx.errors import Cause, Reason
 from revfx.passes.closure import Forward, Invert
-from revfx.passes.cuts import PATIENCE, SearchCounts, Step, Stuck, find_step, live_before, needed
+from revfx.passes.cuts import PATIENCE, DeadEnd, SearchCounts, Step, find_step, live_before, needed
 from revfx.passes.program import Program
 
 
@@ -81,7 +81,7 @@ class Walk:
 
     steps: tuple[Step, ...]
     side: frozenset[int]
-    stuck: Stuck
+    stuck: DeadEnd
 
     @property
     def inverting(self) -> list[Step]:
@@ -89,7 +89,7 @@ class Walk:
         return [step for step in self.steps if step.is_inverted]
 
 
-def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[Stuck, ...]]:
+def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[DeadEnd, ...]]:
     """Find the regions of a program.
 
     A region must free more bytes than it keeps. The search ends after `patience` operations if it has found no region.
@@ -99,8 +99,8 @@ def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[R
         latter also name values that would have to be kept.
     """
     regions: list[Region] = []
-    stuck: list[Stuck] = []
-    kept: list[Stuck] = []
+    stuck: list[DeadEnd] = []
+    kept: list[DeadEnd] = []
     stop, retries, reruns = len(program.ops), MAX_RETRIES, MAX_RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     counts = SearchCounts()
@@ -157,14 +157,14 @@ def _ends_at_input(program: Program, top: Step) -> bool:
     return top.start == 0 and (not top.is_inverted or all(program.values[v].given for v in top.entry))
 
 
-def _find_kept_heads(program: Program, walk: Walk) -> Iterator[Stuck]:
+def _find_kept_heads(program: Program, walk: Walk) -> Iterator[DeadEnd]:
     """Yield the places where the steps of a walk keep values because their inverses round."""
     for step in walk.steps:
         for i in range(step.start, step.stop):
             for arc in program.ops[i].arcs:
                 if arc.barred is not None and arc.tail and arc.head in step.saved:
                     text = f"`{program.values[arc.head].name}` has to be kept: {arc.barred}"
-                    yield Stuck(i, i + 1, (arc.head,), Cause(Reason.ROUNDING, text))
+                    yield DeadEnd(i, i + 1, (arc.head,), Cause(Reason.ROUNDING, text))
 
 
 def _walk(program: Program, stop: int, live: tuple[int, ...], counts: SearchCounts) -> Walk:
@@ -194,12 +194,12 @@ def _extend(program: Program, stop: int, live: tuple[int, ...], side: frozenset[
     patience = PATIENCE
     while stop > 0:
         found = find_step(program, stop, live, side, patience, counts)
-        if isinstance(found, Stuck):
+        if isinstance(found, DeadEnd):
             return Walk(tuple(steps), side, found)
         steps.append(found)
         stop, live = found.start, found.entry
         patience = max(PATIENCE, 5 * (found.stop - found.start))
-    return Walk(tuple(steps), side, Stuck(0, 0, ()))
+    return Walk(tuple(steps), side, DeadEnd(0, 0, ()))
 
 
 def _extend_with_shared(
@@ -268,7 +268,7 @@ def _peak_bytes(program: Program, walk: Walk, start: int) -> int:
     return program.nbytes(kept) + above + max(_made_bytes(program, s.start, s.stop, storages) for s in walk.inverting)
 
 
-def _side_candidates(program: Program, stuck: Stuck, side: frozenset[int]) -> list[frozenset[int]]:
+def _side_candidates(program: Program, stuck: DeadEnd, side: frozenset[int]) -> list[frozenset[int]]:
     """Return sets worth trying as side inputs: values read repeatedly above the stuck cut, then the long-lived ones."""
     readers: dict[int, list[int]] = {}
     for v in stuck.unknown:

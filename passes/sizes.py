@@ -26,7 +26,7 @@ def as_number(size: Any) -> int:
     return int(size)
 
 
-def fixed(sizes: Iterable[Any]) -> bool:
+def is_fixed(sizes: Iterable[Any]) -> bool:
     """Return whether all of `sizes` are plain numbers, not symbols."""
     return all(isinstance(n, int) for n in sizes)
 
@@ -38,7 +38,7 @@ def tensors_of(val: Any) -> list[Any]:
     return [t for t in pytree.tree_leaves(val) if isinstance(t, Tensor)]
 
 
-def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+def is_same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
     """Return whether two shapes, or strides, are equal for every value of the symbols in them."""
     return statically_known_true(sym_eq(tuple(a), tuple(b)))
 
@@ -57,12 +57,12 @@ def no_new_guards(node: fx.Node) -> Generator[None]:
     early = [GUARDED]
     if any(isinstance(n.meta.get("val"), NUMBERS) for n in node.all_input_nodes):
         early.append(TypeError)  # arithmetic with the node of a number
-    with contextlib.suppress(*early), muted(symbolic_shapes.__name__), env.error_on_new_guards():
+    with contextlib.suppress(*early), mute_logger(symbolic_shapes.__name__), env.error_on_new_guards():
         yield
 
 
 @contextlib.contextmanager
-def muted(name: str) -> Generator[None]:
+def mute_logger(name: str) -> Generator[None]:
     """Return a context that silences the logger `name`."""
     log, silence = logging.getLogger(name), logging.Filter("\0")  # a new filter for each context, as they nest
     log.addFilter(silence)
@@ -81,7 +81,9 @@ FILL_ARGUMENTS = {"full_like": 1, "new_full": 2}  # the position of the fill val
 RANDOM_OPS = {"rand_like": "rand", "randn_like": "randn"}
 
 
-def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> tuple[str, Any, dict[str, Any]] | None:
+def replace_shape_reader(
+    name: str, args: Any, kwargs: Mapping[str, Any], made: Any
+) -> tuple[str, Any, dict[str, Any]] | None:
     """Express an operation that reads only the shape of its operand without the operand.
 
     `y = randn_like(a)` becomes `y = randn(y.shape)`. The numbers are the same if y is contiguous and drawn from torch's
@@ -102,7 +104,7 @@ def of_its_shape(name: str, args: Any, kwargs: Mapping[str, Any], made: Any) -> 
         return None
     if not isinstance(made, Tensor) or made.layout != torch.strided:
         return None
-    if not fixed(made.shape) or not made.is_contiguous():
+    if not is_fixed(made.shape) or not made.is_contiguous():
         return None
     shape, options = list(made.shape), {"dtype": made.dtype, "device": made.device}
     if name in RANDOM_OPS:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from revfx.passes._torch import is_real
 from revfx.passes.facts import index_facts
 from revfx.passes.program import Arc, Found, Value
-from revfx.passes.sizes import fixed
+from revfx.passes.sizes import is_fixed
 from revfx.rules import Direction, Patch, Tile, op_name
 
 
@@ -67,7 +67,7 @@ def tiling_arcs(
         for pair, head, other in _repeated_parts(tiles):
             yield moving_arc(pair, head, (other,), lambda y: y.clone(), "the same part")
         size = values[whole].shape[dim]
-        if values[whole].source or not fixed([size]):
+        if values[whole].source or not is_fixed([size]):
             continue
         cover = _exact_cover(tiles, size)
         if cover:

@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from revfx.passes import _torch
 from revfx.passes.moves import container_of, directions_of
-from revfx.passes.sizes import fixed, same, tensors_of
+from revfx.passes.sizes import is_fixed, is_same_shape, tensors_of
 from revfx.rules import Tile, op_name
 from revfx.rules.layout import joined
 
@@ -184,7 +184,7 @@ def atoms_of(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, Atoms
             continue
         if op_name(node.target) == "cat":
             cat_operands = list(joined(node))
-            if cat_operands and fixed(size for *_, size in cat_operands):
+            if cat_operands and is_fixed(size for *_, size in cat_operands):
                 cats[node] = cat_operands
         overlapped = _overlapped_operands(node, cats)
         if overlapped:  # a part of a concatenation has the atoms of the operands it overlaps
@@ -233,7 +233,7 @@ def _result_atoms(node: fx.Node, trait: Trait, found: Mapping[fx.Node, Atoms]) -
     if kind is Kind.MOVE:
         return most
     if kind is Kind.SUM:
-        full_size = [found[n] for n in operands if same(n.meta["val"].shape, node.meta["val"].shape)]
+        full_size = [found[n] for n in operands if is_same_shape(n.meta["val"].shape, node.meta["val"].shape)]
         if most == Atoms.NONE or Atoms.NONE in full_size:
             return Atoms.NONE
         return most if len(full_size) == len(operands) else Atoms.ANY  # a broadcast operand moves zeros
@@ -267,7 +267,7 @@ def _filled_atoms(node: fx.Node, name: str) -> Atoms:
 
 
 # --- upwards: kinks
-def barred(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, str]:
+def find_barred(graph: fx.Graph, trained: Iterable[fx.Node]) -> dict[fx.Node, str]:
     """Return the nodes that no rounding inverse may regenerate, with the reasons: a reader has a kink at an atom."""
     atoms = atoms_of(graph, trained)
     seen: dict[fx.Node, tuple[Kinks, fx.Node]] = {}  # the kinks of all readers, and the last reader that has one
@@ -333,7 +333,7 @@ def _reason(atoms: Atoms, reader: fx.Node) -> str:
     return f"{name} may tell its numbers from those that an inverse returns"
 
 
-def trained(joint: fx.Graph, outputs: Sequence[Any], static: Iterable[fx.Node]) -> frozenset[fx.Node]:
+def find_trained(joint: fx.Graph, outputs: Sequence[Any], static: Iterable[fx.Node]) -> frozenset[fx.Node]:
     """Return those of the `static` inputs of a joint graph that get a gradient."""
     differentiated: list[Any] = []
     for out, description in zip(outputs, joint.output_node().meta.get("desc", ()), strict=False):

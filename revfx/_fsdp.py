@@ -34,7 +34,7 @@ def _fsdp_params(module: Any) -> Iterator[Any]:
         yield from group.fsdp_params
 
 
-def casts(module: torch.nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
+def io_dtypes(module: torch.nn.Module) -> tuple[torch.dtype | None, torch.dtype | None]:
     """Return the dtypes to which FSDP2 casts inputs and outputs of a module; None if it doesn't."""
     if not is_sharded(module):
         return None, None
@@ -45,7 +45,7 @@ def casts(module: torch.nn.Module) -> tuple[torch.dtype | None, torch.dtype | No
 
 def remove_gather_hooks(module: torch.nn.Module) -> None:
     """Take FSDP2's hooks off `module`, but keep its casts: whole parameters need no gathering."""
-    before, after = casts(module)
+    before, after = io_dtypes(module)
     own = vars(module)
     enter = {k: h for k, h in own["_forward_pre_hooks"].items() if not _is_fsdp_hook(h)}
     leave = {k: h for k, h in own["_forward_hooks"].items() if not _is_fsdp_hook(h)}
@@ -105,7 +105,7 @@ def is_freed(t: torch.Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def gathered(tensors: Iterable[torch.Tensor]) -> Generator[None]:
+def gather_weights(tensors: Iterable[torch.Tensor]) -> Generator[None]:
     """Open a context in which freed weights are gathered; all processes have to do so."""
     freed = set[int]()
     if in_use():

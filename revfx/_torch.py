@@ -62,7 +62,7 @@ backward_node: Callable[[], Any] = torch._C._current_autograd_node
 below_autograd: Any = torch._C._AutoDispatchBelowAutograd
 
 
-def allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]:
+def trace_allocations(ready: Callable[[], Callable[[], Any]]) -> tuple[Any, list[int]]:
     """Return the result of `ready()()` and its allocations on the CPU, in bytes and in order.
 
     The first number is the sum over `ready()`. Those of the second call follow; memory that it frees counts negative.
@@ -122,7 +122,7 @@ def constant_when_compiled(function: _F) -> _F:
 def breaks_graph(function: _F) -> _F:
     """Mark `function`: `torch.compile` ends the graph at its call and leaves it uncompiled."""
     vars(function)["_torchdynamo_disable"] = True
-    return uncompiled(function)
+    return never_compiled(function)
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
@@ -144,7 +144,7 @@ UNCOMPILED_CALL: Any = torch.nn.Module._call_impl  # hooks and forward, without 
 COMPILED = "_compiled_call_impl"  # the attribute with the call that `module.compile()` makes
 
 
-def uncompiled(function: _F) -> _F:
+def never_compiled(function: _F) -> _F:
     """Mark `function`: `torch.compile` leaves it, and all that it calls, uncompiled.
 
     `torch.compiler.disable` does the same, but imports the compiler and costs time in each call.
@@ -228,7 +228,7 @@ def is_capturing(t: torch.Tensor) -> bool:
     return t.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def unchanged(t: torch.Tensor, before: int) -> torch.Tensor:
+def checked_version(t: torch.Tensor, before: int) -> torch.Tensor:
     """Return `t`, or raise autograd's error if it was written to after version `before`."""
     if version(t) != before:
         raise RuntimeError(
@@ -249,7 +249,7 @@ def data_address(t: torch.Tensor) -> int | None:
 
 
 @contextlib.contextmanager
-def uncollected() -> Generator[None]:
+def pause_collector() -> Generator[None]:
     """Open a context without garbage collection: while a graph grows, the collector only visits its live cycles.
 
     At 200 layers of a transformer it took a third of the rewrite. Autograd on fake tensors gains as much.

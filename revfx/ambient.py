@@ -20,7 +20,7 @@ from revfx.errors import is_users
 RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, setter of the state, the state, a form to compare
 
 
-def generators() -> list[RandomState]:
+def default_states() -> list[RandomState]:
     """Return the states of the random generators of Python and numpy."""
     python = random.getstate()
     found: list[RandomState] = [("Python's `random`", random.setstate, python, python)]
@@ -31,10 +31,13 @@ def generators() -> list[RandomState]:
     return found
 
 
-def all_generators() -> list[RandomState]:
+def all_default_states() -> list[RandomState]:
     """Return the states of the random generators of Python, numpy, and torch on the CPU."""
     state = torch.get_rng_state()
-    return [*generators(), ("torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist())]
+    return [
+        *default_states(),
+        ("torch's generator, outside any operation,", torch.set_rng_state, state, state.tolist()),
+    ]
 
 
 def restore(states: list[RandomState]) -> None:
@@ -75,7 +78,7 @@ def kernels_of(then: tuple[Any, ...]) -> Generator[None]:
 
 
 @contextmanager
-def given(variable: ContextVar[Any], value: Any) -> Generator[None]:
+def set_variable(variable: ContextVar[Any], value: Any) -> Generator[None]:
     """Open a context in which a variable has this value."""
     token = variable.set(value)
     try:
@@ -84,7 +87,7 @@ def given(variable: ContextVar[Any], value: Any) -> Generator[None]:
         variable.reset(token)
 
 
-def where() -> str:
+def user_location() -> str:
     """Return the file and line of the innermost frame that is the user's; empty if there is none."""
     for frame, line in traceback.walk_stack(_torch.caller()):
         file = frame.f_code.co_filename

@@ -19,15 +19,15 @@ from revfx.errors import NotConvertedWarning, NotReversibleError, Reason, Refusa
 from revfx.fit.budget import Budget
 from revfx.fit.budgeted import BudgetedModel
 from revfx.info import ConversionInfo
-from revfx.modes import can_store, runs_plain, sees_the_engine, simulating, storing
+from revfx.modes import allow_fakes, can_store, is_storing, runs_plain, sees_the_engine
 from revfx.parts import BlockCalls, structure
-from revfx.passes.sizes import muted, tensors_of
+from revfx.passes.sizes import mute_logger, tensors_of
 from revfx.plan.couplings import Couplings
 from revfx.plan.functions import functions_of
 from revfx.plan.model import Kind, PlannedModel, is_watched
 from revfx.plan.simulated import SimulatedModel, nothing_real
-from revfx.world.fake import World
-from revfx.world.left import none_left
+from revfx.world.fake import FakeWorld
+from revfx.world.left import purge_fakes_after
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Conversion:
     def _compile_functions(self, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Have the functions of couplings run compiled from now on, if this call frees activations."""
         tensors = tensors_of((args, kwargs))
-        if (runs_plain(tensors) and not storing()) or not can_store(tensors):
+        if (runs_plain(tensors) and not is_storing()) or not can_store(tensors):
             return
         functions: list[tuple[str, str, CompiledFunction]] = []
         kernels = defaultdict[Any, Kernels](Kernels)
@@ -190,11 +190,11 @@ class Conversion:
             Exception: the forward's own, or of fake tensors.
         """
         planned = SimulatedModel(self.options.exact)
-        world = World(model, args, kwargs, whole=True)
+        world = FakeWorld(model, args, kwargs, whole=True)
         planned.real_of = world.real_of
-        with muted(_fake.FAKE_LOGGER), none_left(world.mode):
+        with mute_logger(_fake.FAKE_LOGGER), purge_fakes_after(world.mode):
             try:
-                with world.entered() as given, simulating(), torch.enable_grad():
+                with world.entered() as given, allow_fakes(), torch.enable_grad():
                     planned.call(model, forward, *given)
             finally:  # else the plans would hold the arguments of this call
                 planned.real_of = nothing_real

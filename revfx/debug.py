@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.codes import implementation
 from revfx.engine.call import UnitCall
 from revfx.engine.match import Match
@@ -34,7 +34,7 @@ def check_regeneration(rtol: float | None = None) -> AbstractContextManager[None
         RegenerationError: in the backward, at the first value with a larger difference. It names the value, the layer,
             the operation and the user's file and line.
     """
-    return given(observer, _ReplayChecks(rtol))
+    return set_variable(observer, _ReplayChecks(rtol))
 
 
 def codes_by(device: torch.device | str = "cpu") -> str:

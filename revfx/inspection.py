@@ -22,7 +22,7 @@ from revfx.engine.proof import prove
 from revfx.errors import RevfxError
 from revfx.plan.couplings import lowered_tape
 from revfx.plan.model import tensors_in
-from revfx.plan.solve import computed
+from revfx.plan.solve import compile_values
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -42,13 +42,13 @@ def round_trip(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     errors = _measure_errors(model, args, kwargs)
     tensors = (*model.parameters(), *pytree.tree_leaves((args, kwargs)))
     if any(is_floating(t) and t.dtype != torch.float64 for t in tensors):
-        errors.update(_measure_errors(copy.deepcopy(model).double(), *doubled((args, kwargs))))
+        errors.update(_measure_errors(copy.deepcopy(model).double(), *to_double((args, kwargs))))
     return errors
 
 
 def _measure_errors(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, float]:
     errors = _InverseErrors()
-    with torch.enable_grad(), torch.random.fork_rng(), ambient.given(observer, errors):
+    with torch.enable_grad(), torch.random.fork_rng(), ambient.set_variable(observer, errors):
         for _ in range(WARM_UP_CALLS + 1):
             model(*args, **kwargs)
     if not errors.found:
@@ -91,7 +91,7 @@ class _InverseErrors(Observer):
         self.found[name] = max(self.found.get(name, 0.0), relative_error(got, want))
 
 
-def doubled(tree: Any) -> Any:
+def to_double(tree: Any) -> Any:
     """Return nested arguments with their floating-point tensors in fp64, detached and with the same `requires_grad`."""
     return pytree.tree_map(lambda t: t.detach().double().requires_grad_(t.requires_grad) if is_floating(t) else t, tree)
 
@@ -101,7 +101,7 @@ def is_floating(t: Any) -> TypeGuard[Tensor]:
     return isinstance(t, Tensor) and t.is_floating_point()
 
 
-def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
+def direction_errors(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None) -> dict[str, float]:
     """Return the relative error of solving the operators of a module for their operands, by direction.
 
     The module's first operator only copies, and does not count if there are others. Directions that need a code are
@@ -129,7 +129,7 @@ def directions(op: nn.Module, args: Any, kwargs: Mapping[str, Any] | None = None
 
     # All values of the arcs come from one run of the operators.
     wanted = chain.from_iterable((a.head, *a.tail) for a in arcs)
-    run, outside = computed(tape, nodes, lowered, list(wanted))
+    run, outside = compile_values(tape, nodes, lowered, list(wanted))
     results = iter(run([learning.tensor(value) for value in outside]))
     found: dict[str, float] = {}
     for arc in arcs:

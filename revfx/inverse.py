@@ -22,8 +22,8 @@ from revfx.errors import NotReversibleError, name_of
 from revfx.parts import attributes, content
 from revfx.passes.rounding import MAX_ERROR
 from revfx.plan.declared import CallObserver
-from revfx.plan.model import seen_whole, tensors_in
-from revfx.plan.solve import Forward, Solution, solve
+from revfx.plan.model import run_plainly_inside, tensors_in
+from revfx.plan.solve import RecordedForward, Solution, solve
 
 
 MAX_PROGRAMS = 32  # programs of one inverse, for batch sizes and conditions; beyond, the oldest one is dropped
@@ -190,7 +190,7 @@ class InverseModule(nn.Module):
     def _solve(self, key: Any, args: Any, kwargs: Any) -> _SolvedCase:
         """Run the model's forward once, and find its inverse."""
         learning = learner(Learning)(self.model, tensors_in((args, kwargs)))
-        with torch.enable_grad(), undisturbed(self.model), seen_whole(), learning, CallObserver(learning):
+        with torch.enable_grad(), undisturbed(self.model), run_plainly_inside(), learning, CallObserver(learning):
             out = self.model(*args, **kwargs)
 
         # Leaves of arguments and results, as values of the tape.
@@ -201,7 +201,7 @@ class InverseModule(nn.Module):
         input_count = len(pytree.tree_leaves(args))
         inputs = {i: value for i, value in arguments.items() if i < input_count}
         conditions = {i: value for i, value in arguments.items() if i >= input_count}
-        solution = solve(Forward(learning.tape, inputs, conditions, outputs, self._names), name_of(self.model))
+        solution = solve(RecordedForward(learning.tape, inputs, conditions, outputs, self._names), name_of(self.model))
 
         # The inverse reads the current parameters and buffers, not those of this run.
         getters = _tensor_getters(self.model)

@@ -42,7 +42,7 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def flat(t: Tensor) -> Tensor:
+def flatten_storage(t: Tensor) -> Tensor:
     """Return the elements of `t` in one dimension: a view in the order of memory if it is dense."""
     if t.is_contiguous():
         return t.view(-1)
@@ -56,7 +56,7 @@ def offset_of(t: Tensor) -> int:
     return 0 if _torch.is_fake(t) else t.data_ptr() % ALIGNED_ELSEWHERE
 
 
-def placed(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
+def set_layout(t: Tensor, shape: tuple[int, ...], stride: tuple[int, ...], offset: int) -> Tensor:
     """Return `t` with another layout, on which the rounding of kernels depends.
 
     Args:
@@ -77,7 +77,7 @@ def _allocate(like: Tensor, shape: Sequence[int], stride: Sequence[int], offset:
     return buffer.as_strided(shape, stride, first)
 
 
-def copied(t: Tensor) -> Tensor:
+def copy_with_layout(t: Tensor) -> Tensor:
     """Return a detached copy of `t` with its layout, on which the rounding of kernels depends."""
     t = t.detach()
     if t.layout != torch.strided or t.is_nested or not _torch.is_plain(t) or (is_dense(t) and not offset_of(t)):
@@ -89,22 +89,22 @@ def copied(t: Tensor) -> Tensor:
     return _allocate(t, once.shape, once.stride(), offset_of(t)).copy_(once).expand(t.shape)
 
 
-def copied_together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return copies of views in one allocation, as `copied` does; the copies share an allocation if that is smaller.
+def copy_views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copy views of one allocation as `copy_with_layout` does; the copies share an allocation if that is smaller.
 
     For example, slices `x[:, t]` of a batch each span nearly all of it.
     """
     if not all(map(_is_bytes, tensors)):
-        return [copied(t) for t in tensors]
+        return [copy_with_layout(t) for t in tensors]
     spans: list[tuple[int, int]] = []  # in bytes
     for t in tensors:
         start = int(t.storage_offset()) * t.element_size()
         spans.append((start, start + span(t.shape, t.stride()) * t.element_size()))
     first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
     if sum(stop - start for start, stop in spans) <= last - first:
-        return [copied(t) for t in tensors]
+        return [copy_with_layout(t) for t in tensors]
     whole = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
-    whole = copied(whole.set_(tensors[0].untyped_storage(), first, (last - first,), (1,)))
+    whole = copy_with_layout(whole.set_(tensors[0].untyped_storage(), first, (last - first,), (1,)))
     found: list[Tensor] = []
     for t, (start, _) in zip(tensors, spans, strict=True):
         offset = (int(whole.storage_offset()) + start - first) // t.element_size()
@@ -118,7 +118,7 @@ def _is_bytes(t: Tensor) -> bool:
     return is_plain and not t.is_conj() and not t.is_neg()
 
 
-def leaf(t: Tensor, requires_grad: bool) -> Tensor:
+def as_leaf(t: Tensor, requires_grad: bool) -> Tensor:
     """Return `t` without its history; it requires a gradient if `requires_grad` and its dtype allow that."""
     leaf = t.detach()
     if requires_grad and (leaf.is_floating_point() or leaf.is_complex()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.engine import dispatch
 
 
@@ -30,18 +30,18 @@ def store_activations() -> Generator[None]:
 
     It is the oracle of revfx's own tests, and a workaround for a region that can't be regenerated.
     """
-    with given(_storing, True):
+    with set_variable(_storing, True):
         yield
 
 
 @contextlib.contextmanager
-def simulating() -> Generator[None]:
+def allow_fakes() -> Generator[None]:
     """Open a context in which regions run on fake tensors, whose values can't be read, as they do on real ones."""
-    with given(dispatch.on_fakes, True):
+    with set_variable(dispatch.on_fakes, True):
         yield
 
 
-def storing() -> bool:
+def is_storing() -> bool:
     """Return whether `store_activations` is active."""
     return _storing.get()
 

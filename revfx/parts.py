@@ -13,32 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from revfx import _fsdp, _torch
-from revfx.ambient import given
+from revfx.ambient import set_variable
 
 
 # The observer of calls of parts: its method `part` runs them.
-looking_on: ContextVar[Any] = ContextVar("revfx_looking_on", default=None)
+part_observer: ContextVar[Any] = ContextVar("revfx_looking_on", default=None)
 
 _running: ContextVar[Sequence[BlockCall]] = ContextVar("revfx_running", default=())  # of the converted model that runs
 
 
-class Part:
+class CompiledPart:
     """A replacement for a module's compiled `call`, which reports to the observer."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
         self.module, self.call = module, call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        watch = None if torch.compiler.is_compiling() else looking_on.get()
+        watch = None if torch.compiler.is_compiling() else part_observer.get()
         if watch is None:
             return self.call(*args, **kwargs)
         return watch.part(self, args, kwargs)
 
     def __reduce__(self) -> Any:
-        return Part, (self.module, self.call)
+        return CompiledPart, (self.module, self.call)
 
 
-class BlockCall(Part):
+class BlockCall(CompiledPart):
     """A compiled part of the converted model that runs; for other models, the module's own call."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,7 +65,7 @@ class BlockCalls:
             for call in self.calls:
                 vars(call.module)[_torch.COMPILED] = call
         try:
-            with given(_running, self.calls):
+            with set_variable(_running, self.calls):
                 yield
         finally:
             with self.lock:
@@ -83,8 +83,8 @@ def parts_of(model: nn.Module) -> list[str]:
             continue
         found.append(name)
         call = vars(m).get(_torch.COMPILED) or partial(_torch.UNCOMPILED_CALL, m)
-        if not isinstance(call, Part):
-            vars(m)[_torch.COMPILED] = Part(m, call)
+        if not isinstance(call, CompiledPart):
+            vars(m)[_torch.COMPILED] = CompiledPart(m, call)
     return found
 
 
@@ -94,7 +94,7 @@ def structure(module: nn.Module) -> Hashable:
     children: list[Any] = []
     for name, child in _torch.children(module).items():
         children.append((name, None if child is None else structure(child)))
-    return type(module), _fsdp.casts(module), attributes(module), content(dict(tensors)), tuple(children)
+    return type(module), _fsdp.io_dtypes(module), attributes(module), content(dict(tensors)), tuple(children)
 
 
 _TORCH_ATTRIBUTES = {*vars(nn.Module()), _torch.COMPILED} - {"training"}

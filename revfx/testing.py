@@ -18,7 +18,7 @@ from revfx.block import RevBlock
 from revfx.converted import Reversible, conversion_of
 from revfx.errors import RevfxError
 from revfx.inspection import (
-    directions,
+    direction_errors,
     gradients as gradients,
     is_floating,
     relative_error as relative_error,
@@ -109,7 +109,7 @@ def check_inverse(
     if isinstance(target, (Reversible, RevBlock)):
         errors = round_trip(target, positional, named)
     elif not isinstance(target, nn.Module) and rules.has_rule(target):
-        errors = directions(_Operation(target), positional, named)
+        errors = direction_errors(_Operation(target), positional, named)
     else:
         kind = "neither a converted model, a `RevBlock`, nor an operation with a rule"
         raise RevfxError(f"`check_inverse`: {target!r} is {kind}.")

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from revfx.passes import _torch
-from revfx.passes.sizes import fixed
+from revfx.passes.sizes import is_fixed
 
 
 STEP = "revfx_step"  # key of `node.meta`
@@ -52,7 +52,7 @@ def store_borders(step_of: Mapping[fx.Node, int], spared: Collection[fx.Node], s
             crossing.append(node)
     for node in crossing:
         val = node.meta.get("val")
-        if not isinstance(val, Tensor) or not fixed(val.shape):
+        if not isinstance(val, Tensor) or not is_fixed(val.shape):
             continue
         with node.graph.inserting_before(node.next):
             arguments: tuple[Any, ...] = (node, *further(val))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from revfx.passes import _torch
-from revfx.passes.facts import Fact, check
+from revfx.passes.facts import Fact, make_fact_check
 from revfx.passes.joint.forward import BACKWARD, FORWARD, first_operation
 from revfx.passes.joint.record import Recorder
 from revfx.passes.program import Program
@@ -69,7 +69,7 @@ class Checks:
         self.kept: set[fx.Node] = set()
         self.attached: dict[fx.Node, list[fx.Node]] = {}
         self.stretches: list[list[Cut]] = []
-        self._flags: dict[fx.Node, tuple[str, _torch.Said]] = {}  # with the half that computes them
+        self._flags: dict[fx.Node, tuple[str, _torch.CheckMessage]] = {}  # with the half that computes them
         self._checked_facts: set[tuple[fx.Node, Fact]] = set()
 
     def check_fact(self, op: int, value: int, fact: Fact) -> None:
@@ -77,7 +77,7 @@ class Checks:
         node = self.original(value)
         if (node, fact) not in self._checked_facts:
             self._checked_facts.add((node, fact))
-            test, message = check(fact, node.name, self.program.ops[op].where)
+            test, message = make_fact_check(fact, node.name, self.program.ops[op].where)
             self.check_forward(test, [node], message)
 
     def compare(self, alive: Collection[fx.Node]) -> None:
@@ -116,7 +116,7 @@ class Checks:
         self, test: Callable[..., Tensor], operands: Sequence[fx.Node], message: str, serious: bool = True
     ) -> None:
         """Let the backward raise or, if not `serious`, warn if a test of nodes of the forward fails."""
-        self._flags[self.record(test, operands)] = FORWARD, _torch.Said(message, serious)
+        self._flags[self.record(test, operands)] = FORWARD, _torch.CheckMessage(message, serious)
 
     def _check_backward(
         self, test: Callable[..., Tensor], now: fx.Node, then: Sequence[fx.Node], message: str, serious: bool = True
@@ -125,7 +125,7 @@ class Checks:
         self.kept.update(then)
         with self.joint.inserting_before(self.output):
             ok = self.recorder.record(test, [now, *then], BACKWARD, now)
-        self._flags[ok] = BACKWARD, _torch.Said(message, serious)
+        self._flags[ok] = BACKWARD, _torch.CheckMessage(message, serious)
         self.attached.setdefault(now, []).append(ok)
 
     def add_final_checks(self) -> list[fx.Node]:
@@ -133,7 +133,7 @@ class Checks:
 
         Flags of the forward are checked there too, so that nothing in the forward waits for a device.
         """
-        by_device: dict[torch.device, dict[str, dict[fx.Node, _torch.Said]]] = {}
+        by_device: dict[torch.device, dict[str, dict[fx.Node, _torch.CheckMessage]]] = {}
         for node in self.joint.nodes:
             if node in self._flags:
                 half, said = self._flags[node]
@@ -141,9 +141,9 @@ class Checks:
                 halves[half][node] = said
         return list(map(self._add_final_check, by_device.values()))
 
-    def _add_final_check(self, halves: Mapping[str, Mapping[fx.Node, _torch.Said]]) -> fx.Node:
+    def _add_final_check(self, halves: Mapping[str, Mapping[fx.Node, _torch.CheckMessage]]) -> fx.Node:
         parts: list[fx.Node] = []
-        said: list[_torch.Said] = []
+        said: list[_torch.CheckMessage] = []
         for half, flags in halves.items():
             if not flags:
                 continue

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 from revfx.errors import Cause, Reason
 from revfx.passes import _torch
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.facts import Fact, Facts, ancestors, annotate, constants
-from revfx.passes.sizes import NUMBERS, as_number, fixed, of_its_shape, tensors_of
-from revfx.passes.traits import barred, trained
+from revfx.passes.facts import Fact, Facts, ancestors, annotate, fold_constants
+from revfx.passes.sizes import NUMBERS, as_number, is_fixed, replace_shape_reader, tensors_of
+from revfx.passes.traits import find_barred, find_trained
 
 
 NAMESPACES = ("aten", "prims", "inductor")  # operators without other effects than their result
@@ -80,10 +80,10 @@ def forward_half(
     lasting = [p for i, p in enumerate(primals) if i in static]
     facts_of_input: dict[fx.Node, list[Fact]] = {}
     for p in lasting:
-        index = _torch.plain_input(p)
+        index = _torch.input_number(p)
         facts_of_input[p] = [fact for i, fact in facts if i == index]
     known = annotate(joint, facts_of_input, joint.owning_module)
-    constant = constants(joint, known)
+    constant = fold_constants(joint, known)
     for node, facts_of_node in known.items():
         node.meta["facts"] = facts_of_node
 
@@ -106,7 +106,7 @@ def forward_half(
     reasons: dict[fx.Node, str] | None = None
     if not coded:
         reasons = {}
-        for node, reason in barred(joint, trained(joint, output_args(joint), lasting)).items():
+        for node, reason in find_barred(joint, find_trained(joint, output_args(joint), lasting)).items():
             if node in copy:
                 reasons[copy[node]] = reason
     sources = {copy[n] for n in find_sources(joint, lasting, mutated, nodes) if n in copy}
@@ -118,7 +118,7 @@ def _replace_shape_readers(joint: fx.Graph) -> None:
     """Replace operations that read the shape of a tensor alone by ones that do not read the tensor."""
     for node in joint.nodes:
         name = _torch.packet_name(node.target) if node.op == "call_function" else ""
-        replacement = of_its_shape(name, node.args, node.kwargs, node.meta.get("val"))
+        replacement = replace_shape_reader(name, node.args, node.kwargs, node.meta.get("val"))
         if replacement is not None and node.all_input_nodes:
             name, args, options = replacement
             node.target, node.args = getattr(torch.ops.aten, name).default, args
@@ -225,7 +225,7 @@ def first_operation(graph: fx.Graph) -> fx.Node:
 
 def draws_numbers(node: fx.Node) -> bool:
     """Return whether a node draws random numbers."""
-    return _torch.is_overload(node.target) and _torch.draws(node.target, node.args, node.kwargs)
+    return _torch.is_overload(node.target) and _torch.is_random(node.target, node.args, node.kwargs)
 
 
 def after_tangents(nodes: Iterable[fx.Node]) -> set[fx.Node]:
@@ -242,7 +242,7 @@ def read_later(joint: fx.Graph, ahead: Collection[fx.Node]) -> dict[fx.Node, lis
     """Return the nodes of the backward that read nodes of the forward (`ahead`), by the nodes that they read."""
     readers: dict[fx.Node, list[fx.Node]] = {}
     for node in joint.nodes:
-        writes = _torch.is_overload(node.target) and _torch.writes(node.target)
+        writes = _torch.is_overload(node.target) and _torch.is_mutating(node.target)
         if node in ahead or node.op == "output" or node.meta.get("partitioner_tag") == FORWARD or writes:
             continue
         for n in node.all_input_nodes:
@@ -284,12 +284,12 @@ def _barrier(node: fx.Node) -> Cause | None:
             return Cause(Reason.OPAQUE, f"`{target}` is a collective, which is run once")
         text = f"`{target}` is a custom operator: whether it only computes its result is not known"
         return Cause(Reason.OPAQUE, text)
-    if _torch.writes(target):
+    if _torch.is_mutating(target):
         return Cause(Reason.WRITES_IN_PLACE, f"`{target}` writes its argument")
     if _torch.packet_name(target) == "as_strided":
         return Cause(Reason.LAYOUT, "`as_strided` reads memory, not a value")
     tensors = tensors_of(val)
-    if any(free_unbacked_symbols(t) for t in tensors if not fixed(t.shape)):
+    if any(free_unbacked_symbols(t) for t in tensors if not is_fixed(t.shape)):
         return Cause(Reason.DATA_DEPENDENT, f"the size of the result of `{target}` depends on data")
     if node.kwargs.get("generator") is not None:
         return Cause(Reason.HIDDEN_STATE, f"`{target}` draws from a generator of its own")

@@ -26,7 +26,7 @@ from revfx.passes.joint.record import Recorder, Unrecordable
 from revfx.passes.program import Arc
 from revfx.passes.regions import Region
 from revfx.passes.schedule import schedule
-from revfx.passes.sizes import as_number, same, tensors_of
+from revfx.passes.sizes import as_number, is_same_shape, tensors_of
 
 
 if TYPE_CHECKING:
@@ -300,7 +300,7 @@ def _find_dense_order(like: Tensor, t: Tensor) -> tuple[int, ...] | None:
         dense[d] = size
         size = size * t.shape[d]
     strides = [t.stride(d) for d in dims]
-    if same(strides, [like.stride(d) for d in dims]) or same(strides, [dense[d] for d in dims]):
+    if is_same_shape(strides, [like.stride(d) for d in dims]) or is_same_shape(strides, [dense[d] for d in dims]):
         return None
     return (*(d for d in range(like.dim()) if d not in dims), *order)
 

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from revfx.errors import Reason, Refusal
-from revfx.passes.composed import composed_all
+from revfx.passes.composed import fuse_inverses
 from revfx.passes.cuts import Step
 from revfx.passes.diagnose import diagnose
 from revfx.passes.facts import Facts, ancestors
@@ -90,7 +90,7 @@ def rewrite(
         if options.coder is None:
             cuts = choose_kept_cuts(program, region.steps)
         else:
-            region = replace(region, steps=composed_all(program, region.steps))
+            region = replace(region, steps=fuse_inverses(program, region.steps))
         wanted, ops = _wanted(forward, region, readers)
         freed = _freed_bytes(program, region, wanted)
         if sum(freed) - max(freed, default=0) <= region.kept_bytes:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from revfx import _torch
 from revfx.codes.implementations import implementation
-from revfx.layout import flat
+from revfx.layout import flatten_storage
 
 
 _GATHER = 0x0102040810204080  # the sum of 2^(7k): a product moves the lowest bits of eight bytes into the highest byte
@@ -22,7 +22,7 @@ def encode(marked: Tensor) -> Tensor:
     kernels = _kernels(marked)
     if kernels is not None:
         return kernels.pack_marks(marked)
-    bits = flat(marked).view(torch.uint8)
+    bits = flatten_storage(marked).view(torch.uint8)
     if bits.numel() % 8:
         bits = torch.cat((bits, bits.new_zeros(-bits.numel() % 8)))
     return bits.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)

@@ -89,6 +89,6 @@ def _typical_escapes(x: Tensor, n: int) -> int:
     return int(TYPICAL_ESCAPES * n * reals_per_element(x))
 
 
-def expected(x: Tensor, n: int) -> Code:
+def typical_code(x: Tensor, n: int) -> Code:
     """Return a code without numbers, of a typical size, of a tensor like `x` with n elements."""
     return empty_code(x, n * reals_per_element(x), TYPICAL_WIDTH, _typical_escapes(x, n))

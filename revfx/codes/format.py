@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from revfx import _torch
-from revfx.layout import flat, is_dense
+from revfx.layout import flatten_storage, is_dense
 
 
 WIDTHS = (0, 2, 4, 8)  # bits
@@ -130,7 +130,7 @@ def bits_of(t: Tensor) -> Tensor:
     else:
         t = t.resolve_neg()
     # A single element may have any stride; the view needs the stride 1.
-    return flat(t).contiguous().as_strided((t.numel(),), (1,)).view(INTEGER[t.element_size()])
+    return flatten_storage(t).contiguous().as_strided((t.numel(),), (1,)).view(INTEGER[t.element_size()])
 
 
 def tensor_of(bits: Tensor, like: Tensor) -> Tensor:

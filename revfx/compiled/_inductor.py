@@ -37,7 +37,7 @@ from torch._inductor.virtualized import V
 from revfx._fake import FAKE_LOGGER
 from revfx.errors import BudgetWarning, warn
 from revfx.passes.joint.forward import draws_numbers
-from revfx.passes.sizes import muted
+from revfx.passes.sizes import mute_logger
 
 
 _HAS_NUMBERS = "revfx_has_numbers"  # an attribute of inductor's schedulers
@@ -266,5 +266,5 @@ def capturing() -> Generator[None]:
         with contextlib.ExitStack() as stack:
             if "TORCH_LOGS" not in os.environ:
                 for name in MUTED_LOGGERS:
-                    stack.enter_context(muted(name))
+                    stack.enter_context(mute_logger(name))
             yield

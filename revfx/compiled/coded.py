@@ -13,9 +13,9 @@ from torch import Tensor
 
 from revfx import codes
 from revfx.codes import Code, Codec, Prediction
-from revfx.codes.codec import expected, is_counted, pays_for
-from revfx.layout import offset_of, placed
-from revfx.passes._torch import overflows
+from revfx.codes.codec import is_counted, pays_for, typical_code
+from revfx.layout import offset_of, set_layout
+from revfx.passes._torch import count_overflows
 from revfx.passes.sizes import as_number
 
 
@@ -42,13 +42,13 @@ class Coder:
         with torch.no_grad():
             layout = torch.empty(x.dim() + 2, dtype=torch.int64, device="cpu")
             overflowed = x.new_empty((), dtype=torch.int64)
-            return *expected(x, as_number(x.numel())).tensors, layout, overflowed
+            return *typical_code(x, as_number(x.numel())).tensors, layout, overflowed
 
     def encode(self, x: Tensor, predicted: Tensor) -> tuple[Tensor, ...]:
         """Encode `x` relative to its prediction."""
         code: Code | None = None
         with self._lock:
-            count = overflows()
+            count = count_overflows()
             if count != self._overflows:
                 self._overflows, self.codec.due = count, True
             if self.codec.asks(x):
@@ -71,4 +71,4 @@ class Coder:
             x, _ = codes.decode(Prediction((predicted,)), Code(width, x, spans, values, places, words))
         if 0 in stride:
             return x
-        return placed(x, tuple(predicted.shape), tuple(stride), offset)
+        return set_layout(x, tuple(predicted.shape), tuple(stride), offset)

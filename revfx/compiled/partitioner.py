@@ -17,7 +17,7 @@ from torch import fx
 
 import revfx
 from revfx import _torch, passes, rules
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.compiled import _inductor
 from revfx.errors import NotReversibleError, list_refusals
 from revfx.passes.facts import Facts, facts_of
@@ -36,7 +36,7 @@ _listeners: ContextVar[tuple[list[Report], ...]] = ContextVar("revfx_reports", d
 def reports() -> Generator[list[Report]]:
     """Open a context with a list of the findings in each graph that is compiled in it (not from a cache)."""
     found: list[Report] = []
-    with given(_listeners, (*_listeners.get(), found)):
+    with set_variable(_listeners, (*_listeners.get(), found)):
         yield found
 
 
@@ -91,7 +91,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
         """
         static = kwargs.get("static_lifetime_input_indices") or ()
         with _inductor.merge_equal_nodes(gm):
-            with _torch.uncollected():
+            with _torch.pause_collector():
                 report = rewrite(gm.graph, kwargs["num_fwd_outputs"], static, options or self.options, self.facts)
             for listener in _listeners.get():
                 listener.append(report)

@@ -29,7 +29,7 @@ from revfx.engine.observe import Observer
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.unit import Replay, Unit
-from revfx.layout import copied_together
+from revfx.layout import copy_views
 
 
 @dataclass(eq=False)
@@ -145,7 +145,7 @@ class UnitCall:
             if entry not in later.entries:
                 later.replay()
             return later.entries[entry]
-        return _torch.unchanged(*self.exits[slot])
+        return _torch.checked_version(*self.exits[slot])
 
     def restart(self) -> None:
         """Free the replayed tensors, so that the next backward starts the replays over."""
@@ -275,7 +275,7 @@ class UnitCall:
         for passed in [s for s in self.passed if unit.last_reader[s] == self.stage]:
             del self.passed[passed]
         settings = self._as_in_the_forward() if self.settings is not None else contextlib.nullcontext()
-        with settings, _fsdp.gathered(self.given.values()):
+        with settings, _fsdp.gather_weights(self.given.values()):
             results = replay.run(inputs)
         for slot, t in zip(replay.outputs, results, strict=True):
             if self.observer is not None:
@@ -327,7 +327,7 @@ class UnitCall:
         if t is not None and t.layout != torch.strided:
             return t  # kernels count writes of their own
         if t is not None:
-            return _torch.unchanged(t, self.versions[slot])
+            return _torch.checked_version(t, self.versions[slot])
         return self._exit(slot)
 
 
@@ -363,7 +363,7 @@ def copy_held(calls: Sequence[UnitCall], memory: int) -> None:
     """Copy the tensors that calls hold in memory that is about to be written to."""
     held = {id(t): t for call in calls for t in call.held_in(memory)}
     if held:
-        copies = dict(zip(held, copied_together([*held.values()]), strict=True))
+        copies = dict(zip(held, copy_views([*held.values()]), strict=True))
         for call in calls:
             call.take_copies(copies)
 

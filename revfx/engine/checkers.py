@@ -15,7 +15,7 @@ from revfx.engine import dispatch
 from revfx.engine.operators import is_writer, written_positions
 from revfx.engine.randomness import state_before
 from revfx.engine.unit import Number, Slot, Unit, UnitOp
-from revfx.layout import address, copied, offset_of
+from revfx.layout import address, copy_with_layout, offset_of
 
 
 # Arguments of other classes, such as handles of the profiler, tell nothing.
@@ -63,7 +63,7 @@ class _Generator:
         self.done: set[int] = set()  # slots of results that were made
         self.names: dict[str, Any] = {
             "Tensor": Tensor, "ref": weakref.ref, "state_before": state_before, "offset_of": offset_of,
-            "alias": dispatch.alias, "is_alias": is_alias, "version": _torch.version, "copied": copied,
+            "alias": dispatch.alias, "is_alias": is_alias, "version": _torch.version, "copied": copy_with_layout,
         }  # fmt: skip
         self.lines: list[str] = []
 

@@ -89,7 +89,7 @@ class Forward:
                 found.append(path.sequence[at])
         return found
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def switch_path(self, number: int) -> bool:
         """Switch to another path with a unit that begins at an operator or later; return whether there is one."""
         while self.others:
@@ -109,7 +109,7 @@ class Forward:
                 self.path, self.position = path, at
                 return
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def may_begin(self, match: Match) -> bool:
         """Return whether a unit may have begun whose first operator matched.
 
@@ -142,7 +142,7 @@ class Forward:
                 return known if known.version in (_torch.version(t if exit is None else exit), version) else None
         return None
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def before_write(self, written: Sequence[Tensor], active: Sequence[Match]) -> None:
         """Copy tensors that calls or active matches hold in storages that are about to be written to."""
         self.writes = True
@@ -153,7 +153,7 @@ class Forward:
                 match.copy_held(key)
             copy_held(self._holders.pop(key, ()), key)
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def settle(self) -> None:
         """Note the version counters of the latest call's tensors, as its last operator has returned."""
         call, self.unsettled = self.unsettled, None
@@ -167,7 +167,7 @@ class Forward:
             if exit.call is call and t is not None:
                 self._exits[key] = exit._replace(version=_torch.version(t))
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def save(self, t: Tensor) -> SavedTensor:
         """Return the object that autograd holds in the place of a tensor that no active match made."""
         if self.unsettled is not None:
@@ -176,7 +176,7 @@ class Forward:
         self.link(saved, t)
         return saved
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def link(self, saved: SavedTensor, t: Tensor) -> None:
         """Drop a saved tensor that is the exit of a call, which recomputes it."""
         if self.unsettled is not None:
@@ -203,7 +203,7 @@ class Forward:
             self.kept_cuts[chain] = self.kept_cuts.get(chain, 0) + held
         self._calls = []
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def complete(self, match: Match) -> None:
         """Drop the saved tensors of a unit that matched to its end."""
         matched, unit = match.of, match.of.unit

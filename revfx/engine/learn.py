@@ -22,8 +22,8 @@ from revfx.engine.tape import Allocation, Op, Ref, Tape, Value, View
 from revfx.engine.whole import Whole, whole_call
 from revfx.engine.wrappers import SavedWrapper, unwrapped
 from revfx.errors import is_users
-from revfx.parts import Part
-from revfx.passes._torch import draws, is_overload
+from revfx.parts import CompiledPart
+from revfx.passes._torch import is_overload, is_random
 from revfx.passes.facts import LIMIT
 
 
@@ -59,7 +59,7 @@ class Learning(HookedMode):
         self._unpack = unpack
         self.set_hooks(self._pack, unpack)
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def _pack(self, t: Tensor) -> SavedTensor | SavedWrapper:
         if is_wrapper(type(t)) and not t.is_nested:
             return SavedWrapper(t, self._pack)
@@ -155,7 +155,7 @@ class Learning(HookedMode):
     def before_write(self, written: Sequence[Tensor]) -> None:
         """Prepare for an operator that is about to write to tensors."""
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(map(is_wrapper, types)):
@@ -165,7 +165,7 @@ class Learning(HookedMode):
             return func(*args, **kwargs)
         return self._record(func, args, kwargs, func)
 
-    def part(self, part: Part, args: Any, kwargs: Any) -> Any:
+    def part(self, part: CompiledPart, args: Any, kwargs: Any) -> Any:
         """Make the call of a compiled part, and record it as an operator."""
         call = whole_call(part, args, kwargs)
         call.unpack = self._unpack
@@ -185,8 +185,8 @@ class Learning(HookedMode):
         self.before(module)
         spec = pytree.tree_map_only(Tensor, lambda t: Ref(self.number(t)), (args, kwargs))
         is_operator = is_overload(func)
-        is_random = draws(func, args, kwargs) if is_operator else isinstance(func, Whole)
-        state = state_before(args, kwargs) if is_random else None
+        has_state = is_random(func, args, kwargs) if is_operator else isinstance(func, Whole)
+        state = state_before(args, kwargs) if has_state else None
         written = written_arguments(func, args, kwargs) if is_operator else []
         before = [self.number(t) for t in written]
         self.before_write(written)

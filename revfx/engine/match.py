@@ -16,7 +16,7 @@ from revfx.engine.checkers import Checker, is_alias
 from revfx.engine.plan import UnitPlan
 from revfx.engine.randomness import RandomState
 from revfx.engine.saved import SavedTensor
-from revfx.layout import address, copied
+from revfx.layout import address, copy_with_layout
 
 
 class HeldTensor(NamedTuple):
@@ -89,11 +89,11 @@ class Match:
         for slot in self.of.unit.read:
             t = self.external[slot]
             if t is not None and slot not in self.held and memory_of(t) == memory:
-                self.held[slot] = copied(t)
+                self.held[slot] = copy_with_layout(t)
         for held in (self.held, self.alive):
             for slot, t in held.items():
                 if memory_of(t) == memory:
-                    held[slot] = copied(t)
+                    held[slot] = copy_with_layout(t)
 
     def slot(self, t: Tensor) -> int:
         """Return the slot of a tensor that an operator of the unit made; -1 of others."""

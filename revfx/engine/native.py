@@ -109,7 +109,7 @@ class NativeMode(TorchDispatchMode):
         self._handler.exit()
         self._handler = None  # it holds this object
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def _handle(self, name: str, overload: str, args: Any, kwargs: Any) -> Any:
         return self.__torch_dispatch__(_overload(name, overload), (), args, kwargs)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revfx.passes._torch import is_overload, may_alias, writes
+from revfx.passes._torch import is_mutating, is_overload, may_alias
 
 
 aten: Any = torch.ops.aten
@@ -30,7 +30,7 @@ OF_SHAPE = frozenset(
 @cache
 def is_writer(func: Any) -> bool:
     """Return whether an operator writes to an argument, but for running statistics."""
-    return is_overload(func) and writes(func) and func not in STATISTICS
+    return is_overload(func) and is_mutating(func) and func not in STATISTICS
 
 
 @cache
@@ -45,7 +45,7 @@ def written_positions(func: Any) -> tuple[tuple[int, str], ...]:
 
 def written_arguments(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the tensors among the arguments that an operator writes to, but for running statistics."""
-    if func in STATISTICS or not writes(func):
+    if func in STATISTICS or not is_mutating(func):
         return []
     found: list[Tensor] = []
     for position, name in written_positions(func):
@@ -76,4 +76,4 @@ def is_question(func: Any) -> bool:
 
 def is_view(func: Any) -> bool:
     """Return whether an operator returns a view of its arguments."""
-    return is_overload(func) and may_alias(func) and not writes(func)
+    return is_overload(func) and may_alias(func) and not is_mutating(func)

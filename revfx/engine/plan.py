@@ -15,7 +15,7 @@ from revfx.engine import dispatch
 from revfx.engine.checkers import Checker, checkers_of
 from revfx.engine.collectives import groups_of
 from revfx.engine.unit import Unit
-from revfx.passes.facts import holds
+from revfx.passes.facts import fact_holds
 
 
 MAX_UNITS = 64  # in a plan; the oldest make room for new ones
@@ -58,7 +58,7 @@ class UnitPlan:
             storage, key = t.untyped_storage(), (slot, t.storage_offset(), t.stride(), _torch.version(t))
             known = self.verified.get(key)
             if known is None or known() is not storage:
-                if not holds(fact, t):
+                if not fact_holds(fact, t):
                     return False
                 self.verified[key] = weakref.ref(storage)
         return True

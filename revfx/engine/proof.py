@@ -105,7 +105,7 @@ def prove_call(matched: UnitPlan, call: UnitCall, match: Match, reasons: dict[st
             matched.kept.add(slot)
             reasons[f"{unit}: a saved tensor had other bits when it was replayed"] = None
 
-    with _fsdp.gathered(call.given.values()):
+    with _fsdp.gather_weights(call.given.values()):
         for number, replay in enumerate(stages):
             prove(replay, call.inputs(replay), check)
             for passed in [slot for slot, last in unit.last_reader.items() if last <= number]:

@@ -24,7 +24,7 @@ struct Saved {
   py::object get() const {
     if (call) return py::handle(call.get()).attr("fetch")(slot);
     if (version_of(tensor) == version) return py::cast(tensor);
-    return py::module_::import("revfx._torch").attr("unchanged")(tensor, version);  // raises autograd's error
+    return py::module_::import("revfx._torch").attr("checked_version")(tensor, version);  // raises autograd's error
   }
 };
 }  // namespace revfx

@@ -28,19 +28,19 @@ class SavedTensor:
 
     __slots__ = ("__weakref__", "call", "slot", "tensor", "version")
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = dispatch.alias(tensor)
         self.version = _torch.version(self.tensor)
         self.call: UnitCall | BitMask | Loan | None = None
         self.slot = -1
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def drop(self, call: UnitCall | BitMask | Loan, slot: int) -> None:
         """Let the tensor go; `call` gives it back from a slot."""
         self.tensor, self.call, self.slot = None, call, slot
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def get(self) -> Tensor:
         """Return the tensor.
 
@@ -50,4 +50,4 @@ class SavedTensor:
         if self.call is not None:
             return self.call.fetch(self.slot)
         assert self.tensor is not None
-        return _torch.unchanged(self.tensor, self.version)
+        return _torch.checked_version(self.tensor, self.version)

@@ -16,7 +16,7 @@ from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.saved import SavedTensor
 from revfx.engine.whole import whole_call
 from revfx.engine.wrappers import SavedWrapper
-from revfx.parts import Part
+from revfx.parts import CompiledPart
 
 
 class Watching(HookedMode):
@@ -43,7 +43,7 @@ class Watching(HookedMode):
         self.active = []
         self.forward.end()
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def _pack(self, t: Tensor) -> SavedTensor | SavedWrapper:
         if is_wrapper(type(t)) and not t.is_nested:
             return SavedWrapper(t, self._pack)
@@ -55,7 +55,7 @@ class Watching(HookedMode):
                 match.saved.append((saved, match.of.unit.slot_at(slot, match.at)))
         return saved or self.forward.save(t)
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(map(is_wrapper, types)):
             return NotImplemented  # their class runs others
@@ -72,7 +72,7 @@ class Watching(HookedMode):
         finally:
             self.forward.writes = False
 
-    def part(self, part: Part, args: Any, kwargs: Any) -> Any:
+    def part(self, part: CompiledPart, args: Any, kwargs: Any) -> Any:
         """Make the call of a compiled part, which is an operator of units."""
         call = whole_call(part, args, kwargs)
         self._pending = call.saved

@@ -14,11 +14,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from revfx import _torch
-from revfx.ambient import Autocast, all_generators, autocast_states, device_types, given, restore
+from revfx.ambient import Autocast, all_default_states, autocast_states, device_types, restore, set_variable
 from revfx.engine import dispatch
 from revfx.engine.saved import SavedTensor
-from revfx.layout import leaf
-from revfx.parts import Part, content, looking_on, structure
+from revfx.layout import as_leaf
+from revfx.parts import CompiledPart, content, part_observer, structure
 from revfx.passes.sizes import tensors_of
 
 
@@ -69,17 +69,17 @@ class Whole:
     def __name__(self) -> str:
         return f"compiled_{self.name}"
 
-    def run(self, part: Part, leaves: Sequence[Any], hooks: saved_tensors_hooks) -> Any:
+    def run(self, part: CompiledPart, leaves: Sequence[Any], hooks: saved_tensors_hooks) -> Any:
         """Call a part, with hooks for saved tensors; nobody looks on."""
         args, kwargs = pytree.tree_unflatten(list(leaves), self.spec)
-        with dispatch.unwatched(), given(looking_on, None), hooks:
+        with dispatch.unwatched(), set_variable(part_observer, None), hooks:
             return part.call(*args, **kwargs)
 
-    def again(self, part: Part, operands: Sequence[Any]) -> Again:
+    def again(self, part: CompiledPart, operands: Sequence[Any]) -> Again:
         """Call a part once more; buffers and random states stay as they are."""
         kept: list[Tensor] = []
 
-        @_torch.uncompiled
+        @_torch.never_compiled
         def pack(t: Tensor) -> Tensor:
             kept.append(t.detach())
             return kept[-1]
@@ -93,11 +93,11 @@ class Whole:
             stack.enter_context(torch.set_grad_enabled(self.grad))
             leaves: list[Any] = []
             for x, needs in zip(operands, self.needs, strict=False):
-                leaves.append(leaf(x, needs) if isinstance(x, Tensor) else x)
-            result = self.run(part, leaves, saved_tensors_hooks(pack, _torch.uncompiled(lambda t: t)))
+                leaves.append(as_leaf(x, needs) if isinstance(x, Tensor) else x)
+            result = self.run(part, leaves, saved_tensors_hooks(pack, _torch.never_compiled(lambda t: t)))
             return Again(kept, leaves, tensors_of(result))
 
-    def __call__(self, part: Part, *operands: Any) -> list[Tensor]:
+    def __call__(self, part: CompiledPart, *operands: Any) -> list[Tensor]:
         """Call a part once more; return the saved tensors, and the results."""
         again = self.again(part, operands)
         return [*again.saved, *(t.detach() for t in again.results)]
@@ -119,7 +119,7 @@ class WholeCall:
     saved: list[SavedTensor] = field(default_factory=list[SavedTensor])
     result: Any = None
 
-    def run(self, part: Part, *operands: Any) -> list[Tensor]:
+    def run(self, part: CompiledPart, *operands: Any) -> list[Tensor]:
         """Make the call; return the results of the operator."""
         leaves = operands[: len(self.whole.needs)]
         before = [(t, _torch.version(t)) for t in tensors_of(leaves)]
@@ -133,14 +133,14 @@ class WholeCall:
         result, self.result, self.saved, self.operands = self.result, None, [], ()
         return result
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def _pack(self, t: Tensor) -> SavedTensor:
         saved = SavedTensor(t)
         self.saved.append(saved)
         return saved
 
 
-def whole_call(part: Part, args: Any, kwargs: Any) -> WholeCall:
+def whole_call(part: CompiledPart, args: Any, kwargs: Any) -> WholeCall:
     """Return a call of a part as that of an operator."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     needs = tuple([isinstance(t, Tensor) and t.requires_grad for t in leaves])
@@ -180,14 +180,14 @@ def _in_modes(module: nn.Module, modes: Sequence[bool]) -> Generator[None]:
 MAX_OPERATORS = 256  # that are known at once
 _operators: dict[Whole, Whole] = {}
 _writers = set[Whole]()
-_of_part: weakref.WeakKeyDictionary[Part, dict[Any, Whole]] = weakref.WeakKeyDictionary()
+_of_part: weakref.WeakKeyDictionary[CompiledPart, dict[Any, Whole]] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Generator[None]:
     """Open a context after which random states, and the buffers of a module, are as before."""
     buffers = [(b, b.clone()) for b in module.buffers()]
-    generators = all_generators()
+    generators = all_default_states()
     with torch.random.fork_rng(), dispatch.writes_uncounted(b for b, _ in buffers):
         try:
             yield

@@ -53,7 +53,7 @@ class SavedWrapper:
             else:
                 self._others[name] = part
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def get(self) -> Tensor:
         """Return the wrapper, without its history.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fsdp, _torch
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.engine import dispatch
 from revfx.engine.forward import NEVER
 from revfx.engine.native import learner, watcher
@@ -55,10 +55,10 @@ from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import is_same_but_for_sizes
 from revfx.info import BudgetPlan
 from revfx.modes import runs_plain, sees_the_engine
-from revfx.parts import looking_on, parts_of
+from revfx.parts import part_observer, parts_of
 from revfx.passes._torch import is_overload
 from revfx.plan.declared import CallObserver
-from revfx.plan.model import PATIENCE, call_kind, is_watched, seen_whole, tensors_in
+from revfx.plan.model import PATIENCE, call_kind, is_watched, run_plainly_inside, tensors_in
 
 
 LOG = logging.getLogger("revfx")
@@ -147,7 +147,11 @@ class BudgetedModel:
                 warn_of_gathered_part(name_of(model), self.budget, parts[0])
                 return forward(*args, **kwargs)
             self.has_parts = bool(parts)
-        with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched), noting_out_of_memory(lambda: self.budget_plans):
+        with (
+            run_plainly_inside(),
+            _fsdp.quiet_gathers(dispatch.unwatched),
+            noting_out_of_memory(lambda: self.budget_plans),
+        ):
             if kind is None or kind.is_due:
                 return self._learn(key, model, forward, args, kwargs)
             if not kind.plan.units:
@@ -157,7 +161,7 @@ class BudgetedModel:
             return self._watch(key, kind, model, forward, args, kwargs)
 
     def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
-        return given(looking_on, mode) if self.has_parts else contextlib.nullcontext()
+        return set_variable(part_observer, mode) if self.has_parts else contextlib.nullcontext()
 
     def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
         """Return the key of the plan for a call.

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from revfx.engine.whole import Whole
-from revfx.parts import Part
+from revfx.parts import CompiledPart
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Back:
     def __str__(self) -> str:
         return f"backward of {self.whole}"
 
-    def ready(self, part: Part, *operands: Any) -> Callable[[], Any]:
+    def ready(self, part: CompiledPart, *operands: Any) -> Callable[[], Any]:
         """Return a function that runs it once, and frees the saved tensors on the way."""
         _, leaves, results = self.whole.again(part, operands)
         with torch.no_grad():

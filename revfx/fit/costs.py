@@ -28,8 +28,8 @@ from revfx.engine.whole import Whole
 from revfx.fit.compiled import Back
 from revfx.fit.tape import Op, Tape, ValueView
 from revfx.layout import span
-from revfx.parts import Part
-from revfx.passes._torch import draws
+from revfx.parts import CompiledPart
+from revfx.passes._torch import is_random
 from revfx.passes.sizes import tensors_of
 
 
@@ -116,8 +116,8 @@ def signature(tape: Tape, op: Op) -> Hashable:
         if isinstance(leaf, ValueView):
             allocation = tape.allocation_of[leaf.value]
             found.append((first.setdefault(allocation, len(first)), tape.allocations[allocation].device, *leaf.place))
-        elif isinstance(leaf, Part):
-            found.append(Part)  # alike ones take as long
+        elif isinstance(leaf, CompiledPart):
+            found.append(CompiledPart)  # alike ones take as long
         else:
             found.append((type(leaf), leaf if isinstance(leaf, Hashable) else str(leaf)))
     return op.func, tuple(found), str(spec)
@@ -154,8 +154,8 @@ def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
     with warnings.catch_warnings(), _torch.below_autograd():
         warnings.simplefilter("ignore")
         for op in ops:
-            is_random = isinstance(op.func, (Whole, Back)) or draws(op.func, op.args, op.kwargs)
-            with torch.random.fork_rng(enabled=is_random):  # others may draw while other operators are measured
+            has_state = isinstance(op.func, (Whole, Back)) or is_random(op.func, op.args, op.kwargs)
+            with torch.random.fork_rng(enabled=has_state):  # others may draw while other operators are measured
                 found.append(_cost(tape, op))
     return found
 
@@ -173,7 +173,7 @@ def _cost(tape: Tape, op: Op) -> Cost:
             return op.func.ready(*args) if frees else functools.partial(op.func, *args, **kwargs)
 
         if device.type == "cpu":
-            out, changes = _torch.allocations(ready)
+            out, changes = _torch.trace_allocations(ready)
             used = [*accumulate(changes)]
             most, end = max(used), max(0, used[-1])
         else:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from revfx import _fake, _torch
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.engine.native import learner
 from revfx.errors import RevfxError
 from revfx.fit.costs import Costs, estimate_costs
@@ -22,13 +22,13 @@ from revfx.fit.needs import Needs
 from revfx.fit.planner import Planner
 from revfx.fit.step_recorder import StepRecorder
 from revfx.fit.survey import Survey
-from revfx.modes import simulating
-from revfx.parts import looking_on, parts_of
-from revfx.passes.sizes import muted
+from revfx.modes import allow_fakes
+from revfx.parts import part_observer, parts_of
+from revfx.passes.sizes import mute_logger
 from revfx.plan.declared import CallObserver
-from revfx.plan.model import seen_whole, tensors_in
-from revfx.world.fake import RealWorld, World
-from revfx.world.left import none_left
+from revfx.plan.model import run_plainly_inside, tensors_in
+from revfx.world.fake import CopiedWorld, FakeWorld
+from revfx.world.left import purge_fakes_after
 
 
 LOG = logging.getLogger("revfx")
@@ -56,22 +56,27 @@ def foreseen_step(model: nn.Module, args: Any, kwargs: Any) -> Learnt:
         raise RevfxError(f"{text} compile its blocks instead (`block.compile()`), or see `compile=True`.")
     if not parts_of(model):
         try:
-            return _learnt(World(model, args, kwargs, whole=True))
+            return _learnt(FakeWorld(model, args, kwargs, whole=True))
         except RevfxError:
             raise
         except Exception:  # it asks for numbers, or no fake tensors pass
             LOG.info("a step on fake tensors failed: it runs on copies")
-    return _learnt(RealWorld(model, args, kwargs))
+    return _learnt(CopiedWorld(model, args, kwargs))
 
 
-def _learnt(world: World) -> Learnt:
-    is_real = isinstance(world, RealWorld)
+def _learnt(world: FakeWorld) -> Learnt:
+    is_real = isinstance(world, CopiedWorld)
     with contextlib.ExitStack() as stack:
-        contexts = none_left(world.mode), muted(_fake.FAKE_LOGGER), _torch.uncollected(), torch.enable_grad()
+        contexts = (
+            purge_fakes_after(world.mode),
+            mute_logger(_fake.FAKE_LOGGER),
+            _torch.pause_collector(),
+            torch.enable_grad(),
+        )
         for context in (*contexts, torch.random.fork_rng(enabled=is_real)):
             stack.enter_context(context)
         if not is_real:
-            stack.enter_context(simulating())
+            stack.enter_context(allow_fakes())
         stack.callback(world.fakes.clear)
         try:
             return _step(world, *stack.enter_context(world.entered()))
@@ -82,11 +87,11 @@ def _learnt(world: World) -> Learnt:
             raise
 
 
-def _step(world: World, args: Any, kwargs: Any) -> Learnt:
+def _step(world: FakeWorld, args: Any, kwargs: Any) -> Learnt:
     model, inputs, finished = world.model, tensors_in((args, kwargs)), list[StepRecorder]()
-    in_python = bool(parts_of(model)) or not isinstance(world, RealWorld)
+    in_python = bool(parts_of(model)) or not isinstance(world, CopiedWorld)
     learning = learner(StepLearning, in_python)(model, inputs, finished.append)
-    with learning, CallObserver(learning), seen_whole(), given(looking_on, learning):
+    with learning, CallObserver(learning), run_plainly_inside(), set_variable(part_observer, learning):
         out = model(*args, **kwargs)
     outs = [t for t in tensors_in(out) if t.requires_grad]
     outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated

@@ -26,7 +26,7 @@ from revfx.fit.simulate import OVERHEAD
 from revfx.fit.tape import Tape
 from revfx.plan.couplings import find_couplings
 from revfx.plan.replays import Unreplayable
-from revfx.plan.units import UnitBuilder, spans
+from revfx.plan.units import UnitBuilder, find_spans
 
 
 MIN_PATIENCE, PATIENCE = 30_000, 20  # operations that the search looks at without success: at least, and for each one
@@ -64,7 +64,7 @@ class CoupledUnit:
 def coupled_units(forward: Forward) -> list[CoupledUnit]:
     """Return the units of the couplings of a forward, in its order."""
     found: list[CoupledUnit] = []
-    for span in spans(find_couplings(forward, patience=max(MIN_PATIENCE, PATIENCE * len(forward.ops)))):
+    for span in find_spans(find_couplings(forward, patience=max(MIN_PATIENCE, PATIENCE * len(forward.ops)))):
         builder = UnitBuilder(forward, span)
         try:
             unit = builder.run()

@@ -25,7 +25,7 @@ from revfx.engine.saved import SavedTensor
 from revfx.engine.wrappers import SavedWrapper
 from revfx.fit.compiled import Back, PartCall
 from revfx.fit.tape import Op, SavedRecord, StepAllocation, Tape, ValueView
-from revfx.passes._torch import is_overload, writes
+from revfx.passes._torch import is_mutating, is_overload
 from revfx.passes.sizes import tensors_of
 
 
@@ -149,7 +149,7 @@ class StepRecorder:
         """Return the operands of an operator that is about to run."""
         given, spec = pytree.tree_flatten((args, kwargs))
         views = [self.view(t) if isinstance(t, Tensor) else t for t in given]
-        written = _written(func, args, kwargs) if is_overload(func) and writes(func) else ()
+        written = _written(func, args, kwargs) if is_overload(func) and is_mutating(func) else ()
         old = tuple([s for t in written if (s := self.view(t)) is not None])
         return Before(func, given, views, spec, old)
 
@@ -199,7 +199,7 @@ class StepRecorder:
     def _released(self, record: SavedRecord) -> None:
         record.end = self.slot()
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def unpack(self, saved: SavedTensor | SavedWrapper) -> Tensor:
         """Return the tensor of a saved tensor that the backward reads."""
         t = saved.get()
@@ -310,7 +310,7 @@ class _PartBackward:
         self._recorder, self._part, self._name = recorder, part, name
         self._known: Before | None = None
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def begin(self, _: Any) -> None:
         """Note that it is about to run."""
         if self._recorder.begin(False):
@@ -319,7 +319,7 @@ class _PartBackward:
             self._recorder.begun.add(self._part.start)
             self._known = Before(back, (), self._part.operands, spec, ())
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def end(self, gradients: Sequence[Tensor | None], _: Any) -> None:
         """Add it to the tape: it has run."""
         known, self._known = self._known, None
@@ -336,19 +336,19 @@ class _Backward(TorchDispatchMode):
         super().__init__()
         self._recorder = recorder
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def begin(self, _: Any) -> None:
         """Go on for the node that is about to run."""
         if self._recorder.begin(False):
             dispatch.push_mode(self)
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def begin_shared(self, _: Any) -> None:
         """Go on for a node that other graphs share, if it is this backward that comes to it."""
         if self._recorder.begin(True):
             dispatch.push_mode(self)
 
-    @_torch.uncompiled
+    @_torch.never_compiled
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(map(dispatch.is_wrapper, types)):

@@ -20,7 +20,7 @@ from revfx.engine.learn import Learning
 from revfx.engine.operators import is_collective
 from revfx.engine.proof import prove, same_values
 from revfx.engine.saved import SavedTensor
-from revfx.layout import copied
+from revfx.layout import copy_with_layout
 from revfx.plan.nodes import layout_of
 from revfx.plan.replays import Unreplayable
 from revfx.plan.spans import Span
@@ -102,7 +102,7 @@ class BlockLearning(Learning):
     def _copy_operands(self, operands: dict[int, tuple[Tensor, int]], memory: int) -> None:
         for value, (t, version) in operands.items():
             if memory_of(t) == memory and _torch.version(t) == version:
-                copy = copied(t)
+                copy = copy_with_layout(t)
                 operands[value] = copy, _torch.version(copy)
 
     def _end_block(self, last: int | None = None) -> None:
@@ -186,7 +186,7 @@ class BlockLearning(Learning):
                 return None
             allocation = self.tape.allocations[self.tape.values[value].allocation]
             is_written = allocation.is_outside and allocation.writes  # the next forward will write to it, too
-            given[slot] = copied(t) if is_written or slot in unit.cloned else dispatch.alias(t)
+            given[slot] = copy_with_layout(t) if is_written or slot in unit.cloned else dispatch.alias(t)
         layouts = {slot: layout_of(self.tape, value) for value, slot in builder.slots.items()}
         states = [op.state for op in self.tape.ops[self._first :] if op.state is not None]
         versions = {slot: _torch.version(t) for slot, t in given.items()}

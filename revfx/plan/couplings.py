@@ -9,9 +9,9 @@ from torch import fx
 from revfx.engine.tape import Op, Tape
 from revfx.errors import Refusal
 from revfx.passes.arcs import Lowered, lower
-from revfx.passes.composed import composed_all
+from revfx.passes.composed import fuse_inverses
 from revfx.passes.diagnose import diagnose
-from revfx.passes.facts import Fact, annotate, constants, facts_about, truths_of
+from revfx.passes.facts import Fact, annotate, binary_facts, facts_about, fold_constants
 from revfx.passes.joint.forward import find_sources
 from revfx.passes.regions import Region, find_regions
 from revfx.plan.constants import constants_of
@@ -46,7 +46,7 @@ def find_couplings(tape: Tape, lossless: bool = True, patience: int | None = Non
     """
     tape_graph, lowered = lowered_tape(tape, lossless)
     found, stuck = find_regions(lowered.program, patience)
-    regions = tuple(replace(r, steps=composed_all(lowered.program, r.steps)) for r in found)
+    regions = tuple(replace(r, steps=fuse_inverses(lowered.program, r.steps)) for r in found)
     refusals: dict[Refusal, None] = {}
     for dead_end in stuck[:MAX_DIAGNOSES]:
         refusals.update(dict.fromkeys(diagnose(lowered.program, dead_end)))
@@ -66,9 +66,9 @@ def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple
     facts_of_constants: dict[fx.Node, tuple[Fact, ...]] = {}
     for value, t in constants_of(tape).items():
         if value in tape_graph.node_of:
-            facts_of_constants[tape_graph.node_of[value]] = facts_about(t) or truths_of(t)
+            facts_of_constants[tape_graph.node_of[value]] = facts_about(t) or binary_facts(t)
     known = annotate(graph, facts_of_constants, None)
-    for node, constant in constants(graph, known).items():
+    for node, constant in fold_constants(graph, known).items():
         node.meta["constant"] = constant
     for node, facts in known.items():
         node.meta["facts"] = facts

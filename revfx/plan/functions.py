@@ -7,7 +7,7 @@ import itertools
 from torch import nn
 
 from revfx.plan.couplings import Couplings
-from revfx.plan.spans import Span, spans
+from revfx.plan.spans import Span, find_spans
 
 
 def functions_of(found: Couplings, model: nn.Module) -> dict[str, str]:
@@ -17,7 +17,7 @@ def functions_of(found: Couplings, model: nn.Module) -> dict[str, str]:
         By path, the user's file and line in the module.
     """
     # A module is split if an operator of a call is in no unit, or in another unit than the one before.
-    unit_of = _recomputed_units(spans(found))
+    unit_of = _recomputed_units(find_spans(found))
     split: set[str] = {""}
     where: dict[str, str] = {}  # by path, the first line
     paths_before: list[str] = []  # of the modules around the operator before

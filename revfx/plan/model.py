@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fsdp, _torch
-from revfx.ambient import ambient_state, given
+from revfx.ambient import ambient_state, set_variable
 from revfx.engine import dispatch
 from revfx.engine.learn import Learning
 from revfx.engine.native import learner, watcher
@@ -23,14 +23,14 @@ from revfx.engine.unit import Unit
 from revfx.engine.wrappers import unwrapped
 from revfx.errors import Reason, Refusal
 from revfx.info import PlanInfo
-from revfx.parts import looking_on
+from revfx.parts import part_observer
 from revfx.passes.regions import RegionSummary, summary
 from revfx.passes.segments import segments, text
 from revfx.plan.blocks import BlockLearning
 from revfx.plan.couplings import Couplings, find_couplings
 from revfx.plan.declared import CallObserver
 from revfx.plan.replays import Unreplayable
-from revfx.plan.spans import spans
+from revfx.plan.spans import find_spans
 from revfx.plan.units import UnitBuilder
 
 
@@ -98,7 +98,7 @@ _active = _Active()
 
 
 @contextlib.contextmanager
-def seen_whole() -> Generator[None]:
+def run_plainly_inside() -> Generator[None]:
     """Open a context in which the forwards of planned models run plainly, as parts of a watched forward."""
     before, _active.is_active = _active.is_active, True
     try:
@@ -156,13 +156,13 @@ class PlannedModel:
         key = (name, *call_kind(model, args, kwargs))
         kind = self.kinds.get(key)
         if kind is None or kind.is_due:
-            with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
+            with run_plainly_inside(), _fsdp.quiet_gathers(dispatch.unwatched):
                 out, kind = self._record(key, model, forward, args, kwargs)
             on_recorded(kind)
             return out
         if not kind.units:
             return forward(*args, **kwargs)  # converted models inside have their own plans
-        with seen_whole(), _fsdp.quiet_gathers(dispatch.unwatched):
+        with run_plainly_inside(), _fsdp.quiet_gathers(dispatch.unwatched):
             return self._watch(kind, forward, args, kwargs)
 
     def new_watcher(self, plan: Plan) -> Any:
@@ -174,7 +174,7 @@ class PlannedModel:
         return learner(BlockLearning, self.has_parts)(model, inputs)
 
     def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
-        return given(looking_on, mode) if self.has_parts else contextlib.nullcontext()
+        return set_variable(part_observer, mode) if self.has_parts else contextlib.nullcontext()
 
     def prepare_tape(self, tape: Tape) -> None:
         """Change a tape that is about to be planned."""
@@ -230,7 +230,7 @@ class PlannedModel:
             return Kind(plan, found, 0)
         units: list[Unit] = []
         chains: list[int] = []
-        for span in spans(found):
+        for span in find_spans(found):
             try:
                 units.append(UnitBuilder(tape, span, self.lossless).run())
                 chains.append(span.region)

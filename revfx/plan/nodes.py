@@ -13,7 +13,7 @@ from revfx.codes import predict
 from revfx.engine.call import Decoder
 from revfx.engine.operators import STATISTICS
 from revfx.engine.tape import Tape
-from revfx.layout import placed
+from revfx.layout import set_layout
 from revfx.passes.program import Arc
 
 
@@ -48,10 +48,10 @@ def place(t: Tensor, layout: Layout) -> Tensor:
     shape, stride, offset = layout[:3]
     repeated = [d for d, (n, s) in enumerate(zip(shape, stride, strict=True)) if n > 1 and s == 0]
     if not repeated:
-        return placed(t, shape, stride, offset)
+        return set_layout(t, shape, stride, offset)
     for d in repeated:
         t = t.narrow(d, 0, 1)
-    return placed(t, tuple(t.shape), stride, offset).expand(shape)
+    return set_layout(t, tuple(t.shape), stride, offset).expand(shape)
 
 
 def empty(layout: Layout) -> Tensor:

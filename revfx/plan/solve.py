@@ -13,10 +13,10 @@ from revfx.engine.operators import OF_SHAPE, UNINITIALIZED
 from revfx.engine.replaying import item, python_runner
 from revfx.engine.tape import Ref, Tape
 from revfx.errors import NotReversibleError, Reason, Refusal
-from revfx.passes._torch import boxed_codegen, draws, is_overload, packet_name
+from revfx.passes._torch import boxed_codegen, is_overload, is_random, packet_name
 from revfx.passes.arcs import Lowered
 from revfx.passes.closure import Closure, Derivation, Invert, read_by
-from revfx.passes.cuts import Stuck, needed
+from revfx.passes.cuts import DeadEnd, needed
 from revfx.passes.diagnose import diagnose
 from revfx.passes.formula import formula
 from revfx.passes.program import Op
@@ -30,7 +30,7 @@ WRITES = (overwrite, reread)  # targets that stand for writes to a part of a ten
 
 
 @dataclass(frozen=True)
-class Forward:
+class RecordedForward:
     """A recorded forward.
 
     Attributes:
@@ -73,7 +73,7 @@ class Solution:
     code: str
 
 
-def solve(forward: Forward, name: str) -> Solution:
+def solve(forward: RecordedForward, name: str) -> Solution:
     """Find the inverse of a forward; `name` is that of its model.
 
     Raises:
@@ -90,7 +90,7 @@ def solve(forward: Forward, name: str) -> Solution:
     return _Solver(forward, tape_graph, lowered, name).run()
 
 
-def computed(
+def compile_values(
     tape: Tape, tape_graph: TapeGraph, lowered: Lowered, values: Sequence[int]
 ) -> tuple[Callable[[list[Any]], tuple[Tensor, ...]], tuple[int, ...]]:
     """Return a function that computes values of a forward, and the values of the tape that it takes, in a list."""
@@ -99,7 +99,7 @@ def computed(
 
 
 class _Solver:
-    def __init__(self, forward: Forward, tape_graph: TapeGraph, lowered: Lowered, name: str) -> None:
+    def __init__(self, forward: RecordedForward, tape_graph: TapeGraph, lowered: Lowered, name: str) -> None:
         self.forward, self.tape_graph, self.lowered, self.name = forward, tape_graph, lowered, name
         self.inputs, self.conditions = self._known(forward.inputs), self._known(forward.conditions)
         self.outputs: dict[int, int] = {}
@@ -133,7 +133,7 @@ class _Solver:
         once: set[int] = set()
         for i, node in enumerate(self.lowered.op_nodes):
             op = self.forward.tape.ops[self.tape_graph.op_of[node]]
-            if node.target in WRITES or (is_overload(op.func) and draws(op.func, op.args, op.kwargs)):
+            if node.target in WRITES or (is_overload(op.func) and is_random(op.func, op.args, op.kwargs)):
                 once.add(i)
         closure = Closure(self.lowered.program, known, trusted=True, once=once)
         closure.add(range(len(self.lowered.op_nodes)))
@@ -181,7 +181,7 @@ class _Solver:
         live: dict[int, None] = dict.fromkeys(unknown.values())
         for op in program.ops:
             live.update(dict.fromkeys(v for v in op.ins if v not in closure))
-        reasons = diagnose(program, Stuck(0, len(program.ops), tuple(live)))
+        reasons = diagnose(program, DeadEnd(0, len(program.ops), tuple(live)))
         explained = "\n  ".join(dict.fromkeys(map(_explain_refusal, reasons[:4])))
         explained = explained or "only floating-point outputs are followed back"
         unread = self.forward.inputs.keys() - self.inputs.keys()

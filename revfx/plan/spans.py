@@ -65,7 +65,7 @@ class Span:
         return [a for a in self.actions if isinstance(a, TapeInverse)]
 
 
-def spans(found: Couplings) -> list[Span]:
+def find_spans(found: Couplings) -> list[Span]:
     """Return the spans of all regions, in order."""
     result: list[Span] = []
     before = -1  # the last operator of the span before

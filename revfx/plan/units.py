@@ -11,17 +11,17 @@ import torch
 from revfx.engine.operators import STATISTICS, UNINITIALIZED, is_repeatable, is_view
 from revfx.engine.tape import Op, Ref, Tape
 from revfx.engine.unit import Coded, Number, Replay, Slot, Unit, UnitOp
-from revfx.parts import Part
+from revfx.parts import CompiledPart
 from revfx.passes._torch import packet_name
 from revfx.passes.composed import rounds
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc
 from revfx.plan.memory import first_slots, is_filled, is_workspace, overwritten_slots
 from revfx.plan.replays import Action, Inversion, ReplayBuilder, Run, SlotMemory, Unreplayable
-from revfx.plan.spans import Span as Span, TapeInverse, spans as spans
+from revfx.plan.spans import Span as Span, TapeInverse, find_spans as find_spans
 
 
-NUMBERS = (int, float, complex, list, tuple, torch.Generator, Part)  # arguments that may differ between calls
+NUMBERS = (int, float, complex, list, tuple, torch.Generator, CompiledPart)  # arguments that may differ between calls
 
 
 class UnitBuilder:

@@ -30,7 +30,7 @@ from revfx.report.describe import describe, types_of
 from revfx.report.explanation import Explanation
 from revfx.report.fit import explain_fit
 from revfx.report.simulate import Loss, measure_steps, simulate_step
-from revfx.world.fake import World
+from revfx.world.fake import FakeWorld
 
 
 _log = logging.getLogger("revfx.report")
@@ -88,7 +88,7 @@ def explain(
     if isinstance(model, Reversible):
         conversion = conversion_of(model)
         forward, options = conversion.forward(model), conversion.options
-    found = _predict(World(model, arguments, keywords, whole=True), forward, options.exact, loss, measure)
+    found = _predict(FakeWorld(model, arguments, keywords, whole=True), forward, options.exact, loss, measure)
     not_compiled = [] if conversion is None else conversion.not_compiled
     ways = found.ways
     if measure:
@@ -148,7 +148,7 @@ class Prediction(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def _predict(world: World, forward: Callable[..., Any], lossless: bool, loss: Loss, measure: bool) -> Prediction:
+def _predict(world: FakeWorld, forward: Callable[..., Any], lossless: bool, loss: Loss, measure: bool) -> Prediction:
     """Count a plain step, and a step that drops the activations of regions.
 
     Args:

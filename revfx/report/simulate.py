@@ -22,17 +22,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from revfx import _fake, _torch
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.engine.call import UnitCall
 from revfx.engine.match import Match
 from revfx.engine.observe import Observer, observer
-from revfx.modes import simulating
-from revfx.passes._torch import draws
-from revfx.passes.sizes import muted, tensors_of
+from revfx.modes import allow_fakes
+from revfx.passes._torch import is_random
+from revfx.passes.sizes import mute_logger, tensors_of
 from revfx.report.data import Usage
 from revfx.testing import measure_memory
-from revfx.world.fake import World
-from revfx.world.left import none_left
+from revfx.world.fake import FakeWorld
+from revfx.world.left import purge_fakes_after
 
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ class Ledger(TorchDispatchMode):
         out = func(*args, **kwargs)
         for t in tensors_of(out):
             self.add(t)
-        if draws(func, args, kwargs):
+        if is_random(func, args, kwargs):
             torch.rand(())  # so that the generator's state changes, as in a real step
         count = flop_registry.get(func.overloadpacket)
         if count is not None:
@@ -95,7 +95,7 @@ class CodeCounter(Observer):
         self._nbytes[call.site] = sum(code.nbytes for code in call.codes if code is not None)
 
 
-def simulate_step(world: World, run: Callable[..., Any], loss: Loss, codes: dict[int, int] | None = None) -> Usage:
+def simulate_step(world: FakeWorld, run: Callable[..., Any], loss: Loss, codes: dict[int, int] | None = None) -> Usage:
     """Count `loss(run(*args, **kwargs))` and its backward.
 
     Args:
@@ -113,22 +113,22 @@ def simulate_step(world: World, run: Callable[..., Any], loss: Loss, codes: dict
     code_counter = CodeCounter(ledger, {} if codes is None else codes)
 
     def count() -> Usage:
-        quiet = muted(_fake.FAKE_LOGGER)  # it prints a traceback besides raising
-        with quiet, _torch.uncollected(), world.entered() as (args, kwargs), simulating(), torch.enable_grad():
+        quiet = mute_logger(_fake.FAKE_LOGGER)  # it prints a traceback besides raising
+        with quiet, _torch.pause_collector(), world.entered() as (args, kwargs), allow_fakes(), torch.enable_grad():
             if codes is not None:
                 run(*args, **kwargs)
             for _, fake in world.fakes.values():
                 ledger.add(fake, is_counted=False)
                 if fake.grad is not None:
                     ledger.add(fake.grad, is_counted=False)
-            with given(observer, code_counter), ledger:
+            with set_variable(observer, code_counter), ledger:
                 value = loss(run(*args, **kwargs))
                 kept, backward = ledger.live_bytes, len(ledger.live)
                 value.backward()
         peak = max(ledger.live, default=0)
         return Usage(way, kept, peak, ledger.flops, live=tuple(ledger.live), backward=backward)
 
-    with none_left(world.mode):
+    with purge_fakes_after(world.mode):
         try:
             return count()
         finally:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from revfx import _fake, _fsdp, _torch
-from revfx.ambient import all_generators, restore
+from revfx.ambient import all_default_states, restore
 from revfx.world.snapshot import Snapshot
 from revfx.world.values import GlobalReads
 
@@ -19,7 +19,7 @@ from revfx.world.values import GlobalReads
 MAX_REAL_ELEMENTS = 2**20  # elements of an integer tensor that gets a real copy
 
 
-class World:
+class FakeWorld:
     """A model and its arguments: the model holds fake tensors while the world is entered.
 
     `whole`: tensors of integers and flags, such as token ids, get real copies, as code may read their values.
@@ -35,7 +35,7 @@ class World:
     def entered(self) -> Generator[tuple[Any, Any]]:
         """Open a context that gives the replaced arguments; then restore the model and the random generators."""
         modules = list(self.model.modules())
-        snapshot, generators = Snapshot(modules), all_generators()
+        snapshot, generators = Snapshot(modules), all_default_states()
         global_reads = GlobalReads(type(m).forward for m in modules)
         try:
             for m in filter(_fsdp.is_sharded, modules):
@@ -80,7 +80,7 @@ class World:
         return _fake.to_fake(self.mode, t.detach(), self.gathered_dtypes.get(id(t)))
 
 
-class RealWorld(World):
+class CopiedWorld(FakeWorld):
     """A world of the model's own numbers, without gradients of its parameters.
 
     Buffers, arguments, and parameters that share a storage are copies.

@@ -21,7 +21,7 @@ from revfx.world.reach import CONTAINERS
 
 
 @contextmanager
-def none_left(mode: _fake.FakeMode) -> Generator[None]:
+def purge_fakes_after(mode: _fake.FakeMode) -> Generator[None]:
     """Open a context after which caches hold no fake tensor of `mode`."""
     try:
         yield

@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from revfx.passes.bounds import BINARY, MOVES, UNARY, Interval, bounds
+from revfx.passes.bounds import BINARY, MOVES, UNARY, Interval, find_bounds
 from revfx.rules import aten
 
 
@@ -63,7 +63,7 @@ class Program:
         return node
 
     def check(self) -> None:
-        for node, interval in bounds(self.graph).items():
+        for node, interval in find_bounds(self.graph).items():
             assert_holds(node.meta["val"], interval, str(node))
 
 
@@ -103,7 +103,7 @@ def test_operands_the_other_way_round() -> None:
     y = graph.call_function(torch.ops.aten.rsub.Scalar, (x, 2))
     for node in graph.nodes:
         node.meta["val"] = torch.zeros(3)
-    assert (bounds(graph)[y].low, bounds(graph)[y].high) == (1.0, 3.0)
+    assert (find_bounds(graph)[y].low, find_bounds(graph)[y].high) == (1.0, 3.0)
 
 
 def test_every_function_with_a_bound_is_tried() -> None:
@@ -176,7 +176,7 @@ def least_after(*steps: Callable[[Program, fx.Node], fx.Node], dtype: torch.dtyp
     for step in steps:
         x = step(p, x)
     p.check()
-    return bounds(p.graph)[x].least
+    return find_bounds(p.graph)[x].least
 
 
 def test_a_factor_that_a_cast_makes_zero_is_not_bounded() -> None:

@@ -18,11 +18,11 @@ from revfx.passes.facts import (
     Fact,
     ancestors,
     annotate,
-    check,
-    constants,
     facts_of,
+    find_masks,
+    fold_constants,
     is_mask,
-    masks,
+    make_fact_check,
 )
 from revfx.rules import aten
 
@@ -110,7 +110,7 @@ def test_masks_are_what_they_are_said_to_be_and_zeros_are_there(data: st.DataObj
     starts = [values.given(tensors(data.draw, "mask")) for _ in range(2)]
     starts += [values.given(tensors(data.draw, "data")), values.given(tensors(data.draw, "mask") != 0)]
     grown(data, starts, values)
-    found = masks(values.graph)
+    found = find_masks(values.graph)
     for node, mask in found.of.items():
         root, held = mask.root.meta["val"] != 0, node.meta["val"]
         assert torch.equal(held.double(), (root == mask.value).double().broadcast_to(held.shape)), node.format_node()
@@ -128,7 +128,7 @@ def test_masked_couplings_are_seen_in_the_property() -> None:
     kept, turned = values.call(torch.mul, b, x), values.call(torch.rsub, b, 1)
     assert kept is not None and turned is not None
     other = values.call(torch.mul, turned, x)
-    found = masks(values.graph)
+    found = find_masks(values.graph)
     assert other is not None and not found.of[turned].value
     assert (found.zero[kept], found.zero[other]) == (frozenset({(b, False)}), frozenset({(b, True)}))
 
@@ -175,14 +175,14 @@ def test_constants_are_what_the_operations_give(data: st.DataObject) -> None:
         node = values.call(one, a, [0] if one is aten.flip.default else 0) if a is b else values.call(pair, a, b)
         found += [] if node is None else [node]
     unknown = PERMUTATION in facts[index]
-    folded = constants(values.graph, facts)
+    folded = fold_constants(values.graph, facts)
     assert all(n in folded for n in made[:1]) and (index in folded) is not unknown
     for node, held in folded.items():
         assert held.dtype == node.meta["val"].dtype and torch.equal(held, node.meta["val"])
         assert not held.is_floating_point()
         if node is not index and index in ancestors([node]):  # what rests on an input is to be checked in a run
             (fact,) = facts[node]
-            assert check(fact, "", "")[0](held) and not check(fact, "", "")[0](held + 1)
+            assert make_fact_check(fact, "", "")[0](held) and not make_fact_check(fact, "", "")[0](held + 1)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import revfx
 from revfx.compiled.partitioner import reports
-from revfx.passes.sizes import of_its_shape
+from revfx.passes.sizes import replace_shape_reader
 from revfx.testing import assert_same_grads, measure_memory, store_activations
 
 
@@ -144,8 +144,8 @@ def test_probabilities_of_each_value_are_read() -> None:
 def test_only_what_can_be_made_again_of_its_shape() -> None:
     x = torch.randn(3, 4)
     like_x = {"dtype": x.dtype, "device": x.device}
-    assert of_its_shape("randn_like", (x,), {}, x) == ("randn", ([3, 4],), like_x)
-    assert of_its_shape("new_full", (x, [3, 4], 2), {}, x) == ("full", ([3, 4], 2), like_x)
+    assert replace_shape_reader("randn_like", (x,), {}, x) == ("randn", ([3, 4],), like_x)
+    assert replace_shape_reader("new_full", (x, [3, 4], 2), {}, x) == ("full", ([3, 4], 2), like_x)
     for name, args, kwargs, made in [
         ("relu", (x,), {}, x),
         ("randn_like", (x,), {"generator": torch.Generator()}, x),
@@ -154,7 +154,7 @@ def test_only_what_can_be_made_again_of_its_shape() -> None:
         ("full_like", (x, torch.tensor(2.0)), {}, x),
         ("zeros_like", (x.to_sparse(),), {}, x.to_sparse()),
     ]:
-        assert of_its_shape(name, args, kwargs, made) is None
+        assert replace_shape_reader(name, args, kwargs, made) is None
 
 
 @refused

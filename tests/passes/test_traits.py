@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from revfx.passes.traits import TRAITS, Atoms, Kind, Kinks, atoms_of, barred, trait_of
+from revfx.passes.traits import TRAITS, Atoms, Kind, Kinks, atoms_of, find_barred, trait_of
 
 
 aten = torch.ops.aten
@@ -87,7 +87,7 @@ def kept(function: Callable[..., Any], trained: bool = False) -> list[bool]:
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
     graph = graph_of(function, *(torch.randn(4 if name == "w" else 8, 4) for name in names))
     places = [n for n in graph.nodes if n.op == "placeholder"]
-    found = barred(graph, [n for n, name in zip(places, names, strict=True) if trained or name == "w"])
+    found = find_barred(graph, [n for n, name in zip(places, names, strict=True) if trained or name == "w"])
     return [n in found for n, name in zip(places, names, strict=True) if name != "w"]
 
 
@@ -125,7 +125,7 @@ def test_numbers_without_atoms_never_are(name: str) -> None:
 def between(function: Callable[[Tensor], Any]) -> dict[str, bool]:
     """Whether what lies between a layer and the result of `function` is kept, by the name of the operation."""
     graph = graph_of(lambda x, w: function(x @ w), torch.randn(8, 4), torch.randn(4, 4))
-    found = barred(graph, [n for n in graph.nodes if n.op == "placeholder"][1:])
+    found = find_barred(graph, [n for n in graph.nodes if n.op == "placeholder"][1:])
     return {n.name: n in found for n in graph.nodes if n.op == "call_function"}
 
 
@@ -178,6 +178,6 @@ def test_what_the_table_does_not_name_is_told_by_its_schema_or_kept() -> None:
 
 def test_the_reason_names_the_operation() -> None:
     graph = graph_of(lambda x, w: ((x @ w).relu().relu(), x.floor()), torch.randn(8, 4), torch.randn(4, 4))
-    reasons = {n.name: why for n, why in barred(graph, [n for n in graph.nodes if n.name.startswith("w")]).items()}
+    reasons = {n.name: why for n, why in find_barred(graph, [n for n in graph.nodes if n.name.startswith("w")]).items()}
     assert reasons["relu"].startswith("it can hold exact zeros, which `relu`")
     assert reasons["x_1"] == "`floor` may tell its numbers from those that an inverse returns"

@@ -17,7 +17,7 @@ import revfx
 from revfx.report.explain import total
 from revfx.report.simulate import scratch, simulate_step
 from revfx.testing import measure_memory
-from revfx.world.fake import World
+from revfx.world.fake import FakeWorld
 
 
 CHAINS = ("mlp", "revnet", "transformer", "flow", "leapfrog")
@@ -63,7 +63,7 @@ def test_a_model_is_as_it_was_afterwards() -> None:
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     tensors = [(id(t), t.clone()) for t in (*model.parameters(), *model.buffers())]
     state, python = torch.get_rng_state(), random.getstate()
-    simulate_step(World(model, (x,), {}), model.forward, square)
+    simulate_step(FakeWorld(model, (x,), {}), model.forward, square)
     now = [*model.parameters(), *model.buffers()]
     assert [id(t) for t in now] == [i for i, _ in tensors]
     assert all(torch.equal(t, before) for t, (_, before) in zip(now, tensors, strict=True))
@@ -84,21 +84,21 @@ def test_a_model_is_as_it_was_after_an_error() -> None:
     model = Fails()
     weight = model.weight
     with pytest.raises(ValueError, match="no"):
-        simulate_step(World(model, (torch.ones(3),), {}), model.forward, square)
+        simulate_step(FakeWorld(model, (torch.ones(3),), {}), model.forward, square)
     assert model.weight is weight and not hasattr(model, "seen")
 
 
 def test_a_step_that_would_not_fit_is_counted() -> None:
     model = nn.Linear(1 << 12, 1 << 12, bias=False)
     x = torch.empty(1, 1 << 12).expand(1 << 24, 1 << 12)  # its result would take 256 GiB
-    found = simulate_step(World(model, (x,), {}), model.forward, square)
+    found = simulate_step(FakeWorld(model, (x,), {}), model.forward, square)
     assert found.kept is not None and found.kept > 1 << 38
 
 
 def test_flops_are_those_of_matrix_products_in_both_directions() -> None:
     model = nn.Linear(8, 16, bias=False)
     x = torch.randn(4, 8, requires_grad=True)
-    found = simulate_step(World(model, (x,), {}), model.forward, square)
+    found = simulate_step(FakeWorld(model, (x,), {}), model.forward, square)
     assert found.flops == 3 * 2 * 4 * 8 * 16
 
 

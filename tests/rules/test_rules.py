@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 import revfx
 from revfx import rules
 from revfx.errors import NotConvertedWarning
-from revfx.inspection import directions
+from revfx.inspection import direction_errors
 from revfx.rules import Inverse, arguments, aten, op_name
 from revfx.testing import check_inverse
 
@@ -165,7 +165,7 @@ def test_every_rule_gives_its_operands_back(op: object) -> None:
         if name in ("getitem", "index_select", "index", "_unsafe_index"):
             errors = check_inverse(Indexes(op, sample[-1]).convert(), sample[0])
         elif isinstance(sample[-1], dict):
-            errors = directions(Applies(op, **sample[-1]), sample[:-1])
+            errors = direction_errors(Applies(op, **sample[-1]), sample[:-1])
             assert max(errors.values()) < 1e-12
         else:
             errors = check_inverse(op, sample)
@@ -195,7 +195,7 @@ class Unflattens(nn.Module):
 
 
 def test_module_that_moves_elements_gives_them_back() -> None:
-    assert directions(Unflattens(), [t(4, 6)]) == {"x0 <- view  (view)": 0.0}
+    assert direction_errors(Unflattens(), [t(4, 6)]) == {"x0 <- view  (view)": 0.0}
 
 
 class Indexes(nn.Module):
@@ -261,7 +261,7 @@ def test_outside_its_domain_a_rule_refuses(op: Any, operands: tuple[Any, ...], r
         return
     with pytest.raises(revfx.RevfxError, match=reason):
         if isinstance(operands[-1], dict):
-            directions(Applies(op, **operands[-1]), operands[:-1])
+            direction_errors(Applies(op, **operands[-1]), operands[:-1])
         else:
             check_inverse(op, operands)
 
@@ -292,7 +292,7 @@ PUT_TOGETHER = [
 
 @pytest.mark.parametrize("parts", PUT_TOGETHER)
 def test_parts_that_tile_a_value_give_it_back(parts: Any) -> None:
-    errors = directions(Parts(*parts), [t(3, 4), t(0)])
+    errors = direction_errors(Parts(*parts), [t(3, 4), t(0)])
     assert list(errors.values()) == [0.0]
     assert next(iter(errors)).endswith("(put together)")
 
@@ -307,7 +307,7 @@ def test_parts_that_tile_a_value_give_it_back(parts: Any) -> None:
 )
 def test_parts_that_do_not_tile_a_value_give_nothing(parts: Any) -> None:
     with pytest.raises(revfx.RevfxError, match="yields nothing"):
-        directions(Parts(*parts), [t(4, 4), t(0)])
+        direction_errors(Parts(*parts), [t(4, 4), t(0)])
 
 
 SCATTER, SELECT = aten.slice_scatter.default, aten.select_scatter.default
@@ -322,7 +322,7 @@ PATCHES: list[tuple[tuple[Any, ...], tuple[Any, ...], Tensor]] = [
 
 @pytest.mark.parametrize(("part", "patch", "other"), PATCHES)
 def test_a_patched_copy_and_the_part_it_lacks_give_a_value_back(part: Any, patch: Any, other: Tensor) -> None:
-    errors = directions(Parts(part, patch=patch), [t(3, 4), other])
+    errors = direction_errors(Parts(part, patch=patch), [t(3, 4), other])
     assert sorted(name.rpartition(" (")[2] for name in errors) == ["patch)", f"{op_name(patch[0])})"]
     assert list(errors.values()) == [0.0, 0.0]
 
@@ -337,7 +337,7 @@ def test_a_patched_copy_and_the_part_it_lacks_give_a_value_back(part: Any, patch
     ],
 )
 def test_a_patched_copy_and_another_part_give_nothing(part: Any, patch: Any, other: Tensor) -> None:
-    errors = directions(Parts(part, patch=patch), [t(3, 4), other])
+    errors = direction_errors(Parts(part, patch=patch), [t(3, 4), other])
     assert [name for name in errors if name.endswith("(patch)")] == []
 
 
@@ -356,7 +356,7 @@ class Puts(nn.Module):
 
 
 def test_what_is_put_by_a_constant_index_is_taken_back() -> None:
-    errors = directions(Puts([2, -4], 1, accumulate=False), [t(3, 4), t(3, 2)])
+    errors = direction_errors(Puts([2, -4], 1, accumulate=False), [t(3, 4), t(3, 2)])
     assert sorted(name.rpartition(" (")[2] for name in errors) == ["index_put)", "patch)"]
     assert list(errors.values()) == [0.0, 0.0]
 
@@ -371,7 +371,7 @@ def test_what_is_put_by_a_constant_index_is_taken_back() -> None:
 )
 def test_what_is_put_otherwise_is_not(index: Any, dims: int, accumulate: bool, why: str) -> None:
     with pytest.raises(revfx.RevfxError, match=why):
-        directions(Puts(index, dims, accumulate), [t(3, 4), t(3, 2) if dims == 1 else t(2)])
+        direction_errors(Puts(index, dims, accumulate), [t(3, 4), t(3, 2) if dims == 1 else t(2)])
 
 
 def test_registering_twice_raises_and_a_users_rule_is_used(fp64: None) -> None:

@@ -20,7 +20,7 @@ from revfx.converted import Reversible
 from revfx.engine.learn import Learning
 from revfx.errors import RevfxWarning
 from revfx.plan.couplings import lowered_tape
-from revfx.plan.solve import computed
+from revfx.plan.solve import compile_values
 from revfx.rules import op_name
 from revfx.testing import gradients, relative_error
 
@@ -130,7 +130,7 @@ def solved(model: Applies, amplification: float, inplace: bool = False) -> set[i
     of, lowered = lowered_tape(tape, lossless=False, from_inputs=True)
     arcs = [a for o in lowered.program.ops if not (inplace and o.name == "clone") for a in o.arcs]
     needed = list(dict.fromkeys(v for a in arcs for v in (a.head, *a.tail)))
-    run, outside = computed(tape, of, lowered, needed)
+    run, outside = compile_values(tape, of, lowered, needed)
     env = dict(zip(needed, run([learning.tensor(value) for value in outside]), strict=True))
     for a in arcs:
         if not all(env[v].isfinite().all() for v in a.tail):

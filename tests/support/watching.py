@@ -20,7 +20,7 @@ from revfx.engine.plan import Plan
 from revfx.engine.unit import Unit
 from revfx.plan.couplings import find_couplings
 from revfx.plan.replays import Unreplayable
-from revfx.plan.units import Span, UnitBuilder, spans
+from revfx.plan.units import Span, UnitBuilder, find_spans
 
 
 WIDTH, ROWS = 8, 16
@@ -162,7 +162,7 @@ def learn(model: nn.Module, x: Tensor, python: bool, size: int = 0) -> Plan:
     tape = learning.tape
     tape.returned = [learning.number(t) for t in pytree.tree_leaves(out)]
     if not size:
-        found = spans(find_couplings(tape))
+        found = find_spans(find_couplings(tape))
     else:
         none, last = frozenset[int](), len(tape.ops) - 1
         starts = range(0, last + 1, size)

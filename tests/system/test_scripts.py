@@ -20,7 +20,7 @@ from ways import BUILD
 
 import revfx
 from revfx import _torch
-from revfx.ambient import given
+from revfx.ambient import set_variable
 from revfx.engine.call import UnitCall
 from revfx.engine.observe import Observer, observer
 from revfx.errors import RevfxWarning
@@ -292,7 +292,7 @@ def test_the_number_of_threads_of_the_forward_holds_in_the_replays() -> None:
     for steps in range(4):
         noted = Threads()
         torch.set_num_threads(2)
-        with given(observer, noted):
+        with set_variable(observer, noted):
             loss = loss_of(revfx.rev_block(leaf(5, 4), leaf(5, 4), f, g, 2))
         torch.set_num_threads(1)
         loss.backward()
