@@ -155,8 +155,8 @@ def test_codes_that_found_no_room_are_warned_of_and_measured_again(monkeypatch: 
 
     plain = step(model)
     with monkeypatch.context() as patch:
-        patch.setattr("revfx.codes.codec.ROOM_FACTOR", 0.5)
-        patch.setattr("revfx.codes.codec.MIN_ROOM", 0)
+        patch.setattr("revfx.codes.codec.CAPACITY_FACTOR", 0.5)
+        patch.setattr("revfx.codes.codec.MIN_CAPACITY", 0)
         with pytest.warns(NondeterminismWarning, match="correction buffer overflowed"):
             assert not same(step(run), plain)
     with warnings.catch_warnings():
