@@ -48,7 +48,7 @@ def _count_rounding(step: Step) -> int:
 
 def _is_arithmetic(program: Program, step: Step) -> bool:
     """Return whether a step runs no function and recomputes nothing of its exit."""
-    return not step.again and not any(op.opaque for op in program.ops[step.start : step.stop])
+    return not step.reselected and not any(op.opaque for op in program.ops[step.start : step.stop])
 
 
 def _merge(first: Step, second: Step) -> Step:
@@ -60,7 +60,7 @@ def _merge(first: Step, second: Step) -> Step:
         saved=(*first.saved, *second.saved),
         derive=(*second.derive, *first.derive),
         arcs=(*second.arcs, *first.arcs),
-        again=(*first.again, *second.again),
+        reselected=(*first.reselected, *second.reselected),
     )
 
 
@@ -89,7 +89,7 @@ def _compose_step(program: Program, step: Step) -> Step:
     known = set(step.exit)
     for d in order:
         known.update(made_by(program, d))
-    known.difference_update(step.again)
+    known.difference_update(step.reselected)
     order += [Forward(i) for i in range(step.start, step.stop) if not known.issuperset(program.ops[i].outs)]
     arcs = tuple(d.arc for d in needed(program, order, step.entry) if isinstance(d, Invert))
     return replace(step, derive=tuple(order), arcs=arcs)

@@ -1,7 +1,8 @@
 """Cuts: the points between operations from which the backward regenerates the program, step by step.
 
-The *live set* at a point holds the data values made before it and read after it (outputs are read at the end). A cut is
-a point with a derivable live set. The operations between two neighbouring cuts are a step.
+*Above* means earlier in the program, *below* means later. The *live set* at a point holds the data values made above it
+and read below it (outputs are read at the end). A cut is a point with a derivable live set. The operations between two
+neighbouring cuts are a step.
 
 Objective: the backward holds the values that a region keeps, and regenerates one step at a time. So its peak is the
 bytes of the kept values plus the bytes of the largest step. The search approximates the minimum greedily: from one cut
@@ -9,7 +10,7 @@ it takes the nearest earlier cut that is derivable. This loses nothing further u
 through its live set. Barred arcs, with heads that must be kept, are used only where nothing else derives a value. Two
 heuristics depart from the rule:
 
-- A cut that takes operations above it to be recomputed is used if no other cut lies within `MAX_DETOUR` times its
+- A cut that needs operations above it recomputed is used only if no other cut lies within `MAX_DETOUR` times its
   distance.
 - Values that many steps read (side inputs) are kept if that saves more bytes than it takes; `revfx.passes.regions`
   chooses them and weighs them by `_peak_bytes`.
@@ -48,7 +49,7 @@ class Step:
         derive: derivations in an order in which each can run, given `exit`, `saved` and the region's side inputs. Some
             recompute operations above `start`, if a function's result is in the entry beside its operand.
         arcs: the inverses that reach the entry.
-        again: values of `exit` that were selected from others of the step. They are not taken as known, but recomputed
+        reselected: values of `exit` that were selected from others of the step. They are not known, but recomputed
             from the regenerated operand.
     """
 
@@ -59,7 +60,7 @@ class Step:
     saved: Values
     derive: tuple[Derivation, ...]
     arcs: tuple[Arc, ...]
-    again: Values = ()
+    reselected: Values = ()
 
     @property
     def is_inverted(self) -> bool:
@@ -88,8 +89,8 @@ class DeadEnd:
         start, stop: the operations that were tried.
         unknown: the live values that stayed unknown.
         barrier: the cause that no region may contain operation `start`.
-        fewest_unknown: the first point with the smallest number of unknown values: its operation, and these values. A
-            mask or a target, known at every point, may let the search go on to the inputs; the reason lies here.
+        fewest_unknown: the first point with the fewest unknown values: its operation, and these values. The search goes
+            on above it while a mask or a target stays known, but this point shows why it fails.
     """
 
     start: int
@@ -187,7 +188,7 @@ def _make_step(
     program: Program, closure: Closure, start: int, stop: int, entry: Values, exit: Values, side: frozenset[int]
 ) -> Step | None:
     """Return the step between two cuts, given the closure that contains the entry; None if it cuts a selection."""
-    again: list[int] = []
+    reselected: list[int] = []
     for v in exit:
         selection = program.selected.get(v)
         if selection is None:
@@ -195,18 +196,18 @@ def _make_step(
         if selection.first < start <= selection.last:
             return None
         if start <= selection.first:
-            again.append(v)
-    known = {*exit, *side}.difference(again)
+            reselected.append(v)
+    known = {*exit, *side}.difference(reselected)
 
     # The search meets the readers of a value before its maker, so it may solve for a value that can be recomputed.
-    if again or any(program.made_at[arc.head] >= start for arc in _inverses(closure.order)):
+    if reselected or any(program.made_at[arc.head] >= start for arc in _inverses(closure.order)):
         closure = Closure(program, known)
         closure.add(range(start, stop))
         if not closure.covers(entry):
             return None
 
-    # The heads of barred inverses are saved. A value that a barred arc gave first may have another derivation from
-    # these, so a second closure uses trusted arcs alone.
+    # The heads of barred inverses are saved. Other values may be derivable from these heads by trusted arcs, so a
+    # second closure starts from them and uses no barred arcs.
     saved = _barred_heads(needed(program, closure.order, entry))
     if _barred_heads(closure.order):
         closure = Closure(program, known.union(saved), trusted=True)
@@ -214,7 +215,7 @@ def _make_step(
     saved += _kept_results(program, start, stop)
     derive = tuple(closure.order)
     arcs = _inverses(needed(program, derive, entry))
-    return Step(start, stop, entry, exit, tuple(saved), derive, arcs, tuple(again))
+    return Step(start, stop, entry, exit, tuple(saved), derive, arcs, tuple(reselected))
 
 
 def _make_rerunning_step(

@@ -114,7 +114,7 @@ class Regenerator:
             known = {*step.exit, *region.saved, *region.side, *region.entry}
             if replay:
                 known.update(step.entry)
-            known.difference_update(step.again)
+            known.difference_update(step.reselected)
 
             # A kept entry replaces the values that steps below regenerated: it has the bits of the forward.
             if replay and j > 0:

@@ -158,7 +158,7 @@ def _wanted(forward: ForwardGraph, region: Region, readers: Collection[fx.Node])
             unpacked.add(i)
     kept = {*region.exit, *region.entry, *region.saved, *region.side}
     for step in region.steps:
-        kept.difference_update(step.again)
+        kept.difference_update(step.reselected)
     return wanted - kept, unpacked
 
 

@@ -47,7 +47,7 @@ class Forward:
         count: the number of units that matched.
         position: the position in the path of the unit that is expected next.
         coded_bytes: bytes of the codes.
-        writes: whether the operator that runs now writes to an argument; autograd counts that when it returns.
+        writes: whether the running operator writes to an argument; version counters grow only when it returns.
         unsettled: a call whose last operator wrote to an argument.
         addresses: the addresses of the exits of the latest call.
         kept_cuts: by chain, the number of entries and exits of units that are held.
@@ -111,7 +111,7 @@ class Forward:
 
     @_torch.never_compiled
     def may_begin(self, match: Match) -> bool:
-        """Return whether a unit may have begun whose first operator matched.
+        """Return whether a matched first operator may be the beginning of its unit.
 
         The expected unit may. Another one has to continue a chain, or to drop tensors and have several operators:
         single views and sums would match everywhere.
@@ -122,7 +122,7 @@ class Forward:
         return bool(self._earlier_calls(unit, match))
 
     def _exit_of(self, t: Tensor | None, version: int | None = None) -> Exit | None:
-        """Return the exit that a tensor, which had been written to `version` times, is or is an alias of."""
+        """Return the exit that `t` is, or is an alias of, at a version; by default at its current one."""
         known = None if t is None else self._known_exit(t, version)
         if known is None or known.slot not in known.call.links:
             return known
@@ -173,11 +173,11 @@ class Forward:
         if self.unsettled is not None:
             self.settle()
         saved = SavedTensor(t)
-        self.link(saved, t)
+        self.drop_if_exit(saved, t)
         return saved
 
     @_torch.never_compiled
-    def link(self, saved: SavedTensor, t: Tensor) -> None:
+    def drop_if_exit(self, saved: SavedTensor, t: Tensor) -> None:
         """Drop a saved tensor that is the exit of a call, which recomputes it."""
         if self.unsettled is not None:
             self.settle()
@@ -214,7 +214,8 @@ class Forward:
         # Hold the inputs of the replay, or encode the corrections of its inverses.
         site = self.path.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
-        earlier = [of for of in earlier if unit.gives_exit or not of[1].unit.gives_exit]  # couplings invert couplings
+        if not unit.gives_exit:  # couplings link to couplings only
+            earlier = [link for link in earlier if not link[1].unit.gives_exit]
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
         call.site, call.kept = site, matched.kept
         call.observer = observer.get()
@@ -232,7 +233,7 @@ class Forward:
         if not unit.gives_exit:
             call.exits = {held.slot: (held.alias, held.version) for held in exits}
         # Prove the first call of each kind before anything is dropped.
-        kind = -1 if unit.gives_exit else site, matched, tuple([code is None for code in call.codes])
+        kind = (-1 if unit.gives_exit else site), matched, tuple([code is None for code in call.codes])
         is_proven = kind in self.plan.proven or dispatch.on_fakes.get()
         if not is_proven and not prove_call(matched, call, match, self.plan.reasons):
             return
@@ -253,7 +254,7 @@ class Forward:
             self._holders.setdefault(key, []).append(call)
         self.unsettled = call if self.writes else None
         self.count += 1
-        if earlier or matched is self.expected:  # a unit that stands alone says nothing about the next one
+        if earlier or matched is self.expected:  # an unexpected unit without a link does not tell the position
             self.position = site + 1
         self._calls.append(call)
 
@@ -348,7 +349,7 @@ class Forward:
                 assert saved.tensor is not None
                 self._drop_one(saved, call, slot, saved.tensor)
             elif unit.gives_exit and saved.tensor is not None:
-                self.link(saved, saved.tensor)  # a new view of a tensor that an earlier unit recomputes
+                self.drop_if_exit(saved, saved.tensor)  # a new view of a tensor that an earlier unit recomputes
 
     def _drop_one(self, saved: SavedTensor, call: UnitCall, slot: int, t: Tensor) -> None:
         if slot in call.unit.compressed:
@@ -360,9 +361,9 @@ class Forward:
         call.pending[slot] = call.pending.get(slot, 0) + 1
 
     def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
-        """Note the fingerprint of the end of a chain, which every replay above it leads to.
+        """Note fingerprints of the last tensor that a replay computes: it depends on all replays before it.
 
-        All results of a unit in stages have fingerprints, until they were right once.
+        Every result of a staged unit has a fingerprint until one backward has found all of them equal.
         """
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept]

@@ -183,7 +183,7 @@ class Watcher : public Observer {
     }
     if (!saved) return forward().attr("save")(tensor);
     if (!is_matched && is_plain && is_strided(t) && exits_.count(t.const_data_ptr()))
-      forward().attr("link")(saved, tensor);
+      forward().attr("drop_if_exit")(saved, tensor);
     return saved;
   }
 

@@ -88,7 +88,7 @@ class Watching(HookedMode):
             if slot >= 0:
                 match.saved.append((saved, slot))
             elif saved.tensor is not None:
-                self.forward.link(saved, saved.tensor)  # an operand, which may be the exit of a call
+                self.forward.drop_if_exit(saved, saved.tensor)  # an operand, which may be the exit of a call
 
     def _run(self, func: Any, args: Any, kwargs: Any, run: Any = None) -> Any:
         active, run = self.active, run or func

@@ -325,7 +325,7 @@ class BudgetedModel:
             chosen = survey.least()
             warn_of_least(name, self.budget, inputs, chosen.load.peak)
         most = chosen.model.load(chosen.plan).peak
-        if tape.loss and budget.share is None and self.budget.share is None and most > asked:
+        if tape.output_bytes and budget.share is None and self.budget.share is None and most > asked:
             warn_of_losses(name, self.budget, most)
         # Let later calls follow the plan.
         summary = summarize(survey, chosen, f"{name}, {inputs}", asked, time.perf_counter() - start)

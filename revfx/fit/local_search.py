@@ -1,7 +1,7 @@
 """Local search over plans, each simulated as a whole.
 
-The planner knows one choice for each price of time only. For small steps the search finds the optimum in most cases;
-for large ones there is time for few simulations.
+The planner chooses among a few minimum cuts for each range of blocks. For small steps the search finds the optimum in
+most cases; for large ones there is time for few simulations.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from revfx.fit.simulate import Load, Model
 
 
 MAX_SIMULATED_OPERATORS = 200_000  # in all plans of a search together
-MAX_EXCHANGES = 12  # plans over the budget that are brought within it
+MAX_EXCHANGES = 12  # faster plans over the budget that `shrink` is tried on, in each round
 
-Found = tuple[Plan, Load]
+SimulatedPlan = tuple[Plan, Load]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class LocalSearch:
         """Return a search with as many simulations as the size of the step allows."""
         return cls(model, budget, MAX_SIMULATED_OPERATORS // len(model.needs.tape.ops))
 
-    def simulate(self, plans: Iterable[Plan]) -> Iterator[Found]:
+    def simulate(self, plans: Iterable[Plan]) -> Iterator[SimulatedPlan]:
         """Yield the feasible plans with their loads, while simulations are left."""
         for plan in plans:
             if self.left <= 0:
@@ -42,7 +42,7 @@ class LocalSearch:
                 yield plan, self.model.load(plan)
                 self.left -= 1
 
-    def shrink(self, found: Found) -> Found | None:
+    def shrink(self, found: SimulatedPlan) -> SimulatedPlan | None:
         """Return a plan within the budget; None if the search finds none.
 
         Each round drops the value with the least time per freed byte.
@@ -61,8 +61,8 @@ class LocalSearch:
             found = best
         return found
 
-    def speed_up(self, found: Found) -> Found:
-        """Return a plan that no single choice makes faster, nor a value kept in the place of others."""
+    def speed_up(self, found: SimulatedPlan) -> SimulatedPlan:
+        """Return a plan that is not sped up by changing one choice, or by keeping one value and dropping others."""
         while True:
             faster = self._faster_variants(found)
             if not faster:
@@ -74,7 +74,7 @@ class LocalSearch:
                     if both[1].peak <= self.budget and both[1].seconds < found[1].seconds:
                         found = both
 
-    def _faster_variants(self, found: Found) -> list[Found]:
+    def _faster_variants(self, found: SimulatedPlan) -> list[SimulatedPlan]:
         """Return the faster variants within the budget, fastest first; if there are none, one that is made to fit."""
         seconds = found[1].seconds
         faster = [f for f in self.simulate(variants(found[0])) if f[1].seconds < seconds]
@@ -88,7 +88,7 @@ class LocalSearch:
         return []
 
 
-def reduce_peak(model: Model, found: Found) -> Found:
+def reduce_peak(model: Model, found: SimulatedPlan) -> SimulatedPlan:
     """Return a plan that no single choice gives a smaller peak, as far as the simulations suffice."""
     search = LocalSearch.of(model, 0)
     while True:
@@ -131,7 +131,9 @@ def smaller_variants(plan: Plan) -> Iterator[Plan]:
             yield replace(plan, kept=plan.kept - {v}, dropout_masks=plan.dropout_masks | {mask})
 
 
-def search_locally(model: Model, starts: Sequence[Plan], found: Found | None, budget: int) -> Found | None:
+def search_locally(
+    model: Model, starts: Sequence[Plan], found: SimulatedPlan | None, budget: int
+) -> SimulatedPlan | None:
     """Return the fastest plan of a search from `found`, and for small steps from each of `starts` as well."""
     search = LocalSearch.of(model, budget)
     choices = sum(1 for _ in smaller_variants(starts[0]))

@@ -1,6 +1,6 @@
 """The planner for a budget: a dynamic program over the blocks of the forward, whose plans are then simulated.
 
-The blocks before a block hold H bytes beside its own. The least seconds of the first j blocks with H bytes held are
+Let H be the bytes that the first j blocks hold for the backward. Their least time is
 
     time[j][H] = min over ranges of blocks i..j and their entries of time[i][H - held] + seconds,
                  where H - held + peak <= budget.
@@ -17,7 +17,7 @@ import torch
 
 from revfx.fit.block_ranges import BlockRanges, Entry
 from revfx.fit.costs import Cost
-from revfx.fit.local_search import Found, reduce_peak, search_locally
+from revfx.fit.local_search import SimulatedPlan, reduce_peak, search_locally
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Credit, Load, Model
@@ -53,14 +53,15 @@ class Planner:
         credit: Credit = _NO_CREDIT,
     ) -> None:
         self.needs, self.costs, self.seconds = needs, costs, needs.tape.seconds + sum(c.seconds for c in costs)
-        self.model = Model(needs, costs, any_caller, LOSS_RATIO * needs.tape.loss * any_caller, credit)
+        self.model = Model(needs, costs, any_caller, LOSS_RATIO * needs.tape.output_bytes * any_caller, credit)
         self.ranges = BlockRanges(self.model, {} if like is None else like.ranges.entries)
         self.small = SmallPlans(self.ranges) if like is None else like.small
         everything = Plan(needs, frozenset(needs.keepable), frozenset(), frozenset(), [0] * needs.tape.backward_start)
+        # The load as measured: without the loss and the outputs of a caller, which `self.model` adds.
         self.plain = everything, Model(needs, costs).load(everything)
 
     def credit(self, budget: int) -> Credit:
-        """Return the bytes above a budget that the plain step of the same caller takes in proportion."""
+        """Return the plain step's excess for this caller over the plain peak, scaled by budget / peak."""
         backward_start, peak = self.needs.tape.backward_start, self.plain[1].peak
         load = self.model.load(self.plain[0])  # of the plain step of a caller who takes the most
         backward = load.live[2 * backward_start : 2 * backward_start + 1] + load.live[2 * backward_start + 2 :]
@@ -85,7 +86,7 @@ class Planner:
         if load.peak <= budget:
             return self.plain[0], load
         found: tuple[Plan, Load] | None = None
-        asked, low, high = budget, 0, 2 * budget  # the program does not see the bytes between runs
+        asked, low, high = budget, 0, 2 * budget  # simulated peaks differ from the dynamic program's
         for n in range(MAX_TRIES):
             simulated = plan_of_ranges(self.ranges, asked)
             over = 0 if simulated is None else simulated[1].peak - budget
@@ -100,6 +101,7 @@ class Planner:
                 break
         found = found or (fallback, self.model.load(fallback))
         needs, everything = self.needs, self.plain[0]
+        # Also start from keeping everything: as one unit, by blocks, and with bits in place of values.
         by_blocks = replace(everything, block_of=self.ranges.blocks.of_operators())
         as_bits = {v for v, saved in needs.keepable.items() if saved and needs.compressed >= {*saved}}
         kept = everything.kept.difference(as_bits, needs.dropout_masks.values())
@@ -122,7 +124,7 @@ class SmallPlans:
 
     def __init__(self, ranges: BlockRanges) -> None:
         self.ranges = ranges
-        self.found: list[Found] = []  # so far, in the order of the search, which is the same for all budgets
+        self.found: list[SimulatedPlan] = []  # so far, in the order of the search, which is the same for all budgets
         self.rest = self._plans()
 
     def within(self, budget: int, credit: Credit) -> Plan | None:
@@ -138,12 +140,12 @@ class SmallPlans:
         self.found += self.rest
         return min(self.found, key=lambda f: f[1].peak)[0]
 
-    def _more(self) -> Iterator[Found]:
+    def _more(self) -> Iterator[SimulatedPlan]:
         for found in self.rest:
             self.found.append(found)
             yield found
 
-    def _plans(self) -> Iterator[Found]:
+    def _plans(self) -> Iterator[SimulatedPlan]:
         model, needs = self.ranges.model, self.ranges.needs
         everything = Plan(needs, frozenset(needs.keepable), frozenset(), frozenset(), [0] * needs.tape.backward_start)
         best = everything, model.load(everything)
@@ -161,10 +163,10 @@ class SmallPlans:
         yield reduce_peak(model, best)
 
 
-def plan_of_ranges(ranges: BlockRanges, budget: int, timed: bool = True) -> Found | None:
-    """Return the fastest plan of ranges that fit one by one, and its load; None if there is none.
+def plan_of_ranges(ranges: BlockRanges, budget: int, timed: bool = True) -> SimulatedPlan | None:
+    """Return the fastest plan of ranges, each of which fits within the budget, and its load; None if there is none.
 
-    If it is not `timed`, it is the fastest one by estimates from sizes, which is always the same one.
+    Unless `timed`, times are estimated from sizes, so the result is the same in every run.
     """
     unit, n = max(1, -(-budget // BINS)), len(ranges.blocks)
     kinds = [(x, False) for x in range(1, ranges.merged + 1)] + [(x, True) for x in NESTED_BLOCKS]

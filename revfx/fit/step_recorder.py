@@ -236,7 +236,7 @@ class StepRecorder:
         self.tape.backward_start, self.is_backward = len(self.tape.ops), True
         needing = [t for t in returned if t.requires_grad]
         needing = [t for t in needing if not t.dim()] or needing  # where there is a loss, it is what is differentiated
-        self.tape.loss = sum(t.nbytes for t in needing if t.dim())
+        self.tape.output_bytes = sum(t.nbytes for t in needing if t.dim())
         for t in returned:
             known = self._known.get(_torch.storage_key(t)) if _is_strided(t) else None
             if known is not None:

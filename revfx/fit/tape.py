@@ -2,8 +2,8 @@
 
 A **value** is the content of an allocation between two writes; a **view** is the place of a tensor in a value, so an
 operator that returns a view makes no value.
-Times are counted in operators, or finer in **slots**: 2*o + 1 is while operator o runs, 2*o before that, when autograd
-saves and reads tensors: an allocation that is freed then, before o runs, ends at 2*o + 1.
+Times are counted in operators, or finer in **slots**. Operator o runs in slot 2*o + 1. In slot 2*o, before it, autograd
+saves and reads tensors; an allocation that is freed then ends at 2*o + 1.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 
-@dataclass(frozen=True, slots=True)  # no tuple, as `pytree` would look into it
+@dataclass(frozen=True, slots=True)  # not a NamedTuple: `pytree` would flatten it
 class ValueView:
-    """The place of a tensor: a value, and its elements in the allocation, in their order.
+    """A tensor as a view of a value: its dtype, shape, strides and offset in the allocation.
 
     The `offset` counts elements from the beginning of the allocation; of a parameter, buffer or argument from its own
     first element, as it may lie elsewhere in the next call.
@@ -63,8 +63,8 @@ class Op:
     """A call of an operator, with views in the place of tensors.
 
     Attributes:
-        writes: views that it writes to, in the values before.
-        makes: values, by a result or by a write.
+        writes: views that it writes to, as views of the values before the write.
+        makes: values that it makes, as results or by writes.
         module: the innermost one that runs.
         where: the user's line in its forward; in the backward the name of autograd's node.
     """
@@ -90,9 +90,9 @@ class SavedRecord:
 
     Attributes:
         view: None if its allocation is not known, or if a unit of couplings gives it.
-        saved_at: before this operator autograd saved it.
-        made: so many operators ran before the tensor was made, as a view maybe.
-        read_at: before this operator the backward reads it first; None: never.
+        saved_at: the operator before which autograd saved it.
+        made: the number of operators that had run when the tensor, possibly a view, was made.
+        read_at: the operator before which the backward first reads it; None: never.
         end: the slot from which on autograd does not hold it.
         read_order: its number in the order in which the backward reads saved tensors.
     """
@@ -107,15 +107,15 @@ class SavedRecord:
 
 @dataclass
 class Tape:
-    """A step: the operators of the forward, and from `turn` on of the backward.
+    """A step: the operators of the forward, and from `backward_start` on those of the backward.
 
     Attributes:
         allocation_of, made_by: by value, its allocation, and the operator that makes it (None if older than the step).
         reads: by saved tensor, the operators of the backward that read it, each with the position of the argument.
-        loss: bytes of the returned tensors that have a gradient, without single numbers; the caller frees them at once.
+        output_bytes: bytes of the returned tensors that require a gradient; 0 if a scalar (a loss) is among them.
         offered: values that may be kept although no saved tensor needs them: compiled parts run again from them.
-        held: other bytes, from one slot up to another.
-        seconds: of the step besides its operators.
+        held: bytes outside of the recorded allocations, as (size, first slot, slot after the last).
+        seconds: the time of the step outside of its operators.
     """
 
     allocations: list[StepAllocation] = field(default_factory=list[StepAllocation])
@@ -125,7 +125,7 @@ class Tape:
     saved: list[SavedRecord] = field(default_factory=list[SavedRecord])
     backward_start: int = 0
     reads: dict[int, set[tuple[int, int]]] = field(default_factory=dict[int, set[tuple[int, int]]])
-    loss: int = 0
+    output_bytes: int = 0
     offered: list[int] = field(default_factory=list[int])
     held: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     seconds: float = 0.0

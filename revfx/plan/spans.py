@@ -109,7 +109,7 @@ def _span_of(found: Couplings, step: Step, side: tuple[int, ...]) -> Span:
         entry=tuple(map(value, step.entry)),
         exit=tuple(map(value, step.exit)),
         actions=tuple(actions),
-        given=frozenset(value(v) for v in step.exit if v not in step.again),
+        given=frozenset(value(v) for v in step.exit if v not in step.reselected),
         kept=frozenset(map(value, (*step.saved, *side))),
         inverted=frozenset(inverted),
         constants=_constant_operands(found, inverted, step),

@@ -1,4 +1,4 @@
-"""Units that only replay forwards: dropped values, in the order in which the backward asks for them."""
+"""Units without inverses: they recompute dropped values in stages, in the order of the backward's requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Dropped:
         stages: the values of saved tensors that are replayed, in groups, in the order in which the backward asks.
         compressed: values of saved tensors that are compressed to one bit an element, whether it is positive.
         kept: values that are held until the backward.
-        dropout_masks: by value of a dropout mask, a later value of the same memory that the mask is recovered from.
+        dropout_masks: by value of a dropout mask, a later value in the same allocation, from which it is recovered.
         borrowed: values that the replay takes from earlier units.
         lent: values that later units take, or that are saved later.
     """
@@ -43,7 +43,7 @@ class Dropped:
 
 
 class StagedBuilder(UnitBuilder):
-    """Builds the unit of dropped values."""
+    """Builds the unit that recomputes dropped values."""
 
     def __init__(self, tape: Tape, dropped: Dropped) -> None:
         self.dropped = dropped
@@ -62,10 +62,10 @@ class StagedBuilder(UnitBuilder):
         known.update(self.dropout_masks)
         lent = self._slots_of(self.dropped.lent)
         if lent:
-            self.others = [ReplayBuilder(ops, memory, known, runs, lent, self.dropout_masks).run()]
+            self.loan_replays = [ReplayBuilder(ops, memory, known, runs, lent, self.dropout_masks).run()]
         try:
             return self._stages(ops, memory, known, runs), []
-        except Unreplayable:  # a stage writes to memory that an earlier stage left a part of: one replay for all stages
+        except Unreplayable:  # a stage overwrites memory that an earlier stage wrote in part: one replay for all
             wanted = [s for s in self._staged_slots() if s not in known]
             return [ReplayBuilder(ops, memory, known, runs, wanted, self.dropout_masks).run()], []
 
@@ -108,7 +108,7 @@ class StagedBuilder(UnitBuilder):
         return {
             "later": tuple(forward[1:]),
             "passed_on": frozenset(results.difference(self._staged_slots())),
-            "loan": next(iter(self.others), None),
+            "loan": next(iter(self.loan_replays), None),
             "dropout_masks": {
                 self.slots[mask]: self.slots[source] for mask, source in self.dropped.dropout_masks.items()
             },

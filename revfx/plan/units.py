@@ -43,7 +43,7 @@ class UnitBuilder:
         self.coded: list[Coded] = []
         self.facts: set[tuple[int, Fact]] = set()
         self.shapes: dict[int, tuple[int, ...]] = {}
-        self.others: list[Replay] = []
+        self.loan_replays: list[Replay] = []
         self.statistics: set[int] = set()  # running ones that a normalisation reads, and others write uncounted
 
     def run(self) -> Unit:
@@ -66,7 +66,7 @@ class UnitBuilder:
         given = (external - ({*entry} - kept)) | held
 
         forward, backward = self._replays(ops, memory, {*given, *entry}, {*given, *self._slots_of(span.given)})
-        replays = [*forward, *backward, *self.others]
+        replays = [*forward, *backward, *self.loan_replays]
 
         # Codes and exits are bound to tensors by slot, which a write by another view would change.
         same = first_slots(ops, memory)

@@ -81,7 +81,7 @@ def test_units_of_any_operators_match(function: Callable[[Layer, Tensor], Tensor
 def test_as_many_saved_tensors_are_dropped_as_in_python(
     model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    complete, link, dropped = Forward.complete, Forward.link, list[int]()
+    complete, link, dropped = Forward.complete, Forward.drop_if_exit, list[int]()
 
     def note_unit(forward: Forward, match: Any) -> None:
         complete(forward, match)
@@ -92,7 +92,7 @@ def test_as_many_saved_tensors_are_dropped_as_in_python(
         dropped[-1] += saved.tensor is None
 
     monkeypatch.setattr(Forward, "complete", note_unit)
-    monkeypatch.setattr(Forward, "link", note_exit)
+    monkeypatch.setattr(Forward, "drop_if_exit", note_exit)
     for python in (False, True):
         plan = learn(model, x, python)
         dropped.append(0)
