@@ -57,6 +57,7 @@ class StagedBuilder(UnitBuilder):
     def _replays(
         self, ops: Sequence[UnitOp], memory: SlotMemory, known: set[int], after: set[int]
     ) -> tuple[list[Replay], list[Replay]]:
+        """Return the forward replays, one for each stage, and the backward ones, of which there are none."""
         runs = list(map(Run, range(len(ops))))
         self.dropout_masks = [self.slots[v] for v in self.dropped.dropout_masks]
         known.update(self.dropout_masks)
