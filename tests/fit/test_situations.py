@@ -331,6 +331,7 @@ def test_evaluation_with_gradients_is_another_kind_of_call() -> None:
     assert len(fit_of(fitted).plans) == 2
 
 
+@pytest.mark.filterwarnings("ignore:.*ran other operators")  # half as many may match, by the plan that times choose
 def test_a_forward_that_goes_another_way_is_planned_anew() -> None:
     class Branching(Residual):
         deep = 6
