@@ -131,11 +131,9 @@ def again(fitted: Any) -> list[Any]:
 def test_copies_and_pickles_run_uncompiled_as_those_of_torch() -> None:
     model, (x,), _ = make("mlp")
     fitted: Any = planned(model, x, memory=0.5, compile=True)
-    for pure_variant in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
+    for twin in (copy.deepcopy(fitted), pickle.loads(pickle.dumps(fitted))):
         plain = copy.deepcopy(model)
-        assert equal(
-            state(pure_variant, lambda m=pure_variant: square(m(x))), state(plain, lambda m=plain: square(m(x)))
-        )
+        assert equal(state(twin, lambda m=twin: square(m(x))), state(plain, lambda m=plain: square(m(x))))
 
 
 def test_evaluation_and_several_forwards_in_between() -> None:

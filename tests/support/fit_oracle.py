@@ -52,7 +52,7 @@ class Program:
         upper: Any = np.array([b for _, b in self.rows])
         rows = LinearConstraint(matrix, ub=upper)
         options: dict[str, Any] = {"time_limit": seconds, "mip_rel_gap": 0.01}
-        kinds = np.array([name[0] in ("R", "S", "mark", "coin") for name in self.number], dtype=float)
+        kinds = np.array([name[0] in ("R", "S", "bits", "mask") for name in self.number], dtype=float)
         found = milp(cost, constraints=rows, integrality=kinds, bounds=Bounds(0, 1), options=options)
         return float("inf") if found.status == 2 else float(found.mip_dual_bound)
 
@@ -72,11 +72,11 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     model = Model(needs, costs)
     for k in events:
         if k in needs.compressed:
-            program.cost[program["mark", k]] = model.bits_seconds(needs.value(k))
+            program.cost[program["bits", k]] = model.bits_seconds(needs.value(k))
     for t, k in enumerate(events, 1):
         v = needs.value(k)
         there = [(-1.0, ("S", t, v)), (-1.0, ("R", t, tape.made_by[v]))]
-        program.most(-1, *there, *([(-1.0, ("mark", k))] if k in needs.compressed else []))
+        program.most(-1, *there, *([(-1.0, ("bits", k))] if k in needs.compressed else []))
         for o in ops:
             drawn = [v for v in tape.ops[o].makes if v in needs.dropout_masks]
             again = OVERHEAD + (model.bits_seconds(drawn[0]) if drawn else costs[o].seconds)
@@ -84,7 +84,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
             op = needs.replayed[o]
             if op is None:
                 program.most(
-                    0, (1.0, ("R", t, o)), *((-1.0, ("coin", v)) for v in tape.ops[o].makes if v in needs.dropout_masks)
+                    0, (1.0, ("R", t, o)), *((-1.0, ("mask", v)) for v in tape.ops[o].makes if v in needs.dropout_masks)
                 )
                 continue
             for r in {s.value for s in op.reads if not is_free(s.value)}:
@@ -111,25 +111,27 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
 
     compressed = {k: needs.elements(needs.value(k)) / unit for k in events if k in needs.compressed}
 
-    def marked(slot: int) -> list[Term]:
-        """Return the bytes of marks that are held."""
+    def held_bits(slot: int) -> list[Term]:
+        """Return the bytes of compressed tensors that are held."""
         held = {k: (2 * tape.saved[k].saved_at + 1, tape.saved[k].end or 0) for k in compressed}
-        return [(n / BITS, ("mark", k)) for k, n in compressed.items() if held[k][0] <= slot < held[k][1]]
+        return [(n / BITS, ("bits", k)) for k, n in compressed.items() if held[k][0] <= slot < held[k][1]]
 
     dropout_masks = {
-        v: (needs.elements(v) / unit, tape.saved[needs.keepable[told][0]].saved_at)
-        for v, told in needs.dropout_masks.items()
+        v: (needs.elements(v) / unit, tape.saved[needs.keepable[later][0]].saved_at)
+        for v, later in needs.dropout_masks.items()
     }
     for q in range(len(tape.ops)):
         done = [k for k in events if (tape.saved[k].read_at or 0) <= q]
         for slot in (2 * q + 1, 2 * q) if q <= tape.backward_start else (2 * q + 1,):
             there = handed(slot, done)
             kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(slot) - there]
-            bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, packed) in dropout_masks.items() if 2 * packed < slot]
-            more = [(2 * n, ("coin", v)) for v, (n, packed) in dropout_masks.items() if 2 * packed == slot]
-            more += [(MORE * n, ("mark", k)) for k, n in compressed.items() if 2 * tape.saved[k].saved_at == slot]
+            bits = [
+                (n / 8, ("K", len(done) + 1, v)) for v, (n, saved_at) in dropout_masks.items() if 2 * saved_at < slot
+            ]
+            more = [(2 * n, ("mask", v)) for v, (n, saved_at) in dropout_masks.items() if 2 * saved_at == slot]
+            more += [(MORE * n, ("bits", k)) for k, n in compressed.items() if 2 * tape.saved[k].saved_at == slot]
             for spike in [(term,) for term in more] or [()]:
-                program.most(room(slot, there), *kept, *marked(slot), *bits, *spike)
+                program.most(room(slot, there), *kept, *held_bits(slot), *bits, *spike)
     for t, k in enumerate(events, 1):
         slot = 2 * (tape.saved[k].read_at or 0)
         there = handed(slot, events[: t - 1])
@@ -139,7 +141,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
         for v in values:
             program.most(1, (1.0, ("S", t, v)), (1.0, ("S", t + 1, v)), (-1.0, ("P", t, tape.allocation_of[v])))
         if k in compressed:
-            spike = (size[tape.allocation_of[needs.value(k)]] + MORE * compressed[k], ("mark", k))
+            spike = (size[tape.allocation_of[needs.value(k)]] + MORE * compressed[k], ("bits", k))
             program.most(base, *((size[m], ("P", t, m)) for m in passing), spike)
         later = [(o, {s.value for s in op.reads}) for o in ops if (op := needs.replayed[o]) is not None]
         for o in ops:
@@ -157,8 +159,8 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
                     for j in [("R", t, j) for j, read in later if j > o and v in read] + [("S", t + 1, v)]:
                         program.most(1, (1.0, ("R", t, o)), (1.0, j), (-1.0, ("Z", t, o, m)))
                     if v == needs.value(k):
-                        marked_instead = [(-1.0, ("mark", k))] * (k in compressed)
-                        program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)), *marked_instead)
+                        bits_instead = [(-1.0, ("bits", k))] * (k in compressed)
+                        program.most(0, (1.0, ("R", t, o)), (-1.0, ("Z", t, o, m)), *bits_instead)
             for v in set(tape.ops[o].makes) & dropout_masks.keys():
                 own.append((2 * dropout_masks[v][0], ("R", t, o)))
                 program.most(0, (1.0, ("R", t, o)), (-1.0, ("K", t, v)))
