@@ -125,10 +125,8 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
         for slot in (2 * q + 1, 2 * q) if q <= tape.backward_start else (2 * q + 1,):
             there = handed(slot, done)
             kept = [(size[m], ("W", len(done) + 1, m)) for m in gone(slot) - there]
-            bits = [
-                (n / 8, ("K", len(done) + 1, v)) for v, (n, saved_at) in dropout_masks.items() if 2 * saved_at < slot
-            ]
-            more = [(2 * n, ("mask", v)) for v, (n, saved_at) in dropout_masks.items() if 2 * saved_at == slot]
+            bits = [(n / 8, ("K", len(done) + 1, v)) for v, (n, at) in dropout_masks.items() if 2 * at < slot]
+            more = [(2 * n, ("mask", v)) for v, (n, at) in dropout_masks.items() if 2 * at == slot]
             more += [(MORE * n, ("bits", k)) for k, n in compressed.items() if 2 * tape.saved[k].saved_at == slot]
             for spike in [(term,) for term in more] or [()]:
                 program.most(room(slot, there), *kept, *held_bits(slot), *bits, *spike)
