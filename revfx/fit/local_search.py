@@ -6,7 +6,7 @@ most cases; for large ones there is time for few simulations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from revfx.fit.plan import Plan
 from revfx.fit.simulate import Load, Model
 
 
-MAX_SIMULATED_OPERATORS = 200_000  # in all plans of a search together
+MAX_SIMULATED_OPERATORS = 100_000  # of the forward, in all plans of a search together
 MAX_EXCHANGES = 12  # faster plans over the budget that `shrink` is tried on, in each round
 
 SimulatedPlan = tuple[Plan, Load]
@@ -31,7 +31,7 @@ class LocalSearch:
     @classmethod
     def of(cls, model: Model, budget: int) -> LocalSearch:
         """Return a search with as many simulations as the size of the step allows."""
-        return cls(model, budget, MAX_SIMULATED_OPERATORS // len(model.needs.tape.ops))
+        return cls(model, budget, MAX_SIMULATED_OPERATORS // model.needs.tape.backward_start)
 
     def simulate(self, plans: Iterable[Plan]) -> Iterator[SimulatedPlan]:
         """Yield the feasible plans with their loads, while simulations are left."""
@@ -63,16 +63,49 @@ class LocalSearch:
 
     def speed_up(self, found: SimulatedPlan) -> SimulatedPlan:
         """Return a plan that is not sped up by changing one choice, or by keeping one value and dropping others."""
+
+        def is_faster(plan: SimulatedPlan, other: SimulatedPlan) -> bool:
+            return plan[1].peak <= self.budget and plan[1].seconds < other[1].seconds
+
         while True:
             faster = self._faster_variants(found)
             if not faster:
                 return found
-            # The variants differ from the plan in one choice each: take as many of them as the budget allows.
-            start, found = found[0], faster[0]
-            for plan, _ in faster[1:]:
-                for both in self.simulate([combine(found[0], start, plan)]):
-                    if both[1].peak <= self.budget and both[1].seconds < found[1].seconds:
-                        found = both
+            found = self._combined(faster, found[0], is_faster)
+
+    def reduce_peak(self, found: SimulatedPlan) -> SimulatedPlan:
+        """Return a plan with a small peak: no single choice gives it a smaller soft peak.
+
+        Where several slots are full, most choices lower only some of them, and so not the peak itself.
+        """
+
+        def is_smaller(plan: SimulatedPlan, other: SimulatedPlan) -> bool:
+            return plan[1].soft_peak < other[1].soft_peak
+
+        start = found
+        while True:
+            smaller = [f for f in self.simulate(variants(found[0])) if is_smaller(f, found)]
+            if not smaller:
+                return min(start, found, key=lambda f: f[1].peak)
+            smaller.sort(key=lambda f: f[1].soft_peak)
+            found = self._combined(smaller, found[0], is_smaller)
+
+    def _combined(
+        self, better: Sequence[SimulatedPlan], start: Plan, is_better: Callable[[SimulatedPlan, SimulatedPlan], bool]
+    ) -> SimulatedPlan:
+        """Return the first of some variants of a plan, with the choices of the others that make it better still.
+
+        Args:
+            better: the variants, best first; each differs from `start` in one choice.
+            start: the plan.
+            is_better: whether a plan is better than another one.
+        """
+        found = better[0]
+        for plan, _ in better[1:]:
+            for both in self.simulate([combine(found[0], start, plan)]):
+                if is_better(both, found):
+                    found = both
+        return found
 
     def _faster_variants(self, found: SimulatedPlan) -> list[SimulatedPlan]:
         """Return the faster variants within the budget, fastest first; if there are none, one that is made to fit."""
@@ -86,16 +119,6 @@ class LocalSearch:
             if smaller is not None and smaller[1].seconds < seconds:
                 return [smaller]
         return []
-
-
-def reduce_peak(model: Model, found: SimulatedPlan) -> SimulatedPlan:
-    """Return a plan that no single choice gives a smaller peak, as far as the simulations suffice."""
-    search = LocalSearch.of(model, 0)
-    while True:
-        lower = min(search.simulate(variants(found[0])), key=lambda f: f[1].peak, default=found)
-        if lower[1].peak >= found[1].peak:
-            return found
-        found = lower
 
 
 def combine(plan: Plan, start: Plan, other: Plan) -> Plan:

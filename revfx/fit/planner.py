@@ -17,7 +17,7 @@ import torch
 
 from revfx.fit.block_ranges import BlockRanges, Entry
 from revfx.fit.costs import Cost
-from revfx.fit.local_search import SimulatedPlan, reduce_peak, search_locally
+from revfx.fit.local_search import LocalSearch, SimulatedPlan, search_locally
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Credit, Load, Model
@@ -160,7 +160,7 @@ class SmallPlans:
             high = asked
             best = min(best, simulated, key=lambda f: f[1].peak)
             yield simulated
-        yield reduce_peak(model, best)
+        yield LocalSearch.of(model, 0).reduce_peak(best)
 
 
 def plan_of_ranges(ranges: BlockRanges, budget: int, timed: bool = True) -> SimulatedPlan | None:

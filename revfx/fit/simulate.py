@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 
+import torch
+
 from revfx.fit.costs import Cost, bit_seconds, estimated_seconds
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan, Segment
@@ -20,6 +22,7 @@ MORE = 2  # bytes per element that live while bits are encoded or decoded
 STATE_BYTES = 2**16  # at most, of random states that replays need
 RECORD_BYTES = 1024  # at most, of Python objects per dropped tensor
 OVERHEAD = 1e-5  # seconds of the host per operator that runs again
+SOFT_PEAK_ORDER = 64  # of the norm
 
 Hold = Callable[[int, int, int | None], None]  # adds bytes from one slot up to another
 
@@ -46,6 +49,12 @@ class Load:
     def peak(self) -> int:
         """Return the most bytes."""
         return max(self.live)
+
+    @property
+    def soft_peak(self) -> float:
+        """Return a norm of the live bytes: little more than the peak, by how many other slots are about as full."""
+        live = torch.tensor(self.live, dtype=torch.float64)
+        return float(self.peak * torch.linalg.vector_norm(live / self.peak, SOFT_PEAK_ORDER))
 
     def peak_with(self, credit: Credit, backward_start: int) -> int:
         """Return the most bytes above a credit; the backward begins with operator `backward_start`."""

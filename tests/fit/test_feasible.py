@@ -120,6 +120,16 @@ def test_what_is_told_can_be_written() -> None:
     assert (str(again), again.least, again.asked) == (text, error.least, error.asked)
 
 
+def test_the_least_budget_is_feasible_where_a_failed_step_left_gradients() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 128, 0.1, batch_first=True, norm_first=True)
+    model, x = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.randn(2, 32, 32)
+    head = nn.Linear(32, 64)
+    with pytest.raises(BudgetError) as raised:
+        revfx.convert(nn.Sequential(model, head), memory=1)(x).logsumexp(-1).mean().backward()
+    assert head.weight.grad is not None
+    revfx.convert(nn.Sequential(model, head), memory=raised.value.least)(x).logsumexp(-1).mean().backward()
+
+
 @pytest.mark.parametrize("nbytes", [1, 1023, 1024, 1025, 7_444_889, 7_444_890, 2**20, 2**30 - 1, 2**30 + 1, 2**41 + 3])
 def test_a_text_is_never_less(nbytes: int) -> None:
     budget = checked_memory(as_memory(nbytes))
