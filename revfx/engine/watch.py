@@ -78,6 +78,9 @@ class Watching(HookedMode):
         self._pending = call.saved
         with dispatch.unwatched():
             self._run(call.whole, call.operands, {}, call.run)
+        for saved in call.saved:
+            if saved.tensor is not None:
+                self.forward.drop_if_exit(saved, saved.tensor)  # an operand, which may be the exit of a call
         self._pending = []
         return call.take()
 
@@ -87,8 +90,6 @@ class Watching(HookedMode):
             slot = -1 if saved.tensor is None else match.slot(saved.tensor)
             if slot >= 0:
                 match.saved.append((saved, slot))
-            elif saved.tensor is not None:
-                self.forward.drop_if_exit(saved, saved.tensor)  # an operand, which may be the exit of a call
 
     def _run(self, func: Any, args: Any, kwargs: Any, run: Any = None) -> Any:
         active, run = self.active, run or func

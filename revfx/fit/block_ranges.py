@@ -118,7 +118,7 @@ class BlockRanges:
 
         def death(o: int, v: int) -> int:
             end = self.model.end(tape.allocation(v))
-            return -1 if end is None else min(end - 2 * o, 2 * far)
+            return -1 if end is None else min(end // 2 - o, far)
 
         def times(o: int, k: int, start: int) -> Hashable:
             p = tape.saved[k]

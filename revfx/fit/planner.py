@@ -170,10 +170,10 @@ def plan_of_ranges(ranges: BlockRanges, budget: int, timed: bool = True) -> Simu
     """
     unit, n = max(1, -(-budget // BINS)), len(ranges.blocks)
     kinds = [(x, False) for x in range(1, ranges.merged + 1)] + [(x, True) for x in NESTED_BLOCKS]
-    # times[j, h]: the least seconds of the first j blocks with h bins held; back[j][h]: the earlier border, its bins
-    # and the entry that give them
+    # times[j, h]: the least seconds of the first j blocks with h bins held; back[j, h]: the step that ends there
     times = torch.full((n + 1, BINS + 1), math.inf, dtype=torch.float64)
-    back: list[dict[int, tuple[int, int, Entry]]] = [{} for _ in range(n + 1)]
+    back = torch.full((n + 1, BINS + 1), -1)
+    steps = list[tuple[int, int, int, Entry]]()  # from one border to another, with the bins that the entry holds
     times[0, 0] = 0.0
     for i, (length, nested) in product(range(n), kinds):
         j = i + length
@@ -184,19 +184,19 @@ def plan_of_ranges(ranges: BlockRanges, budget: int, timed: bool = True) -> Simu
             stop = min((budget - peak) // unit, BINS - held) + 1
             if stop > 0 and (timed or e.is_untimed):
                 new = times[i, :stop] + (e.seconds if timed else e.estimate)
-                old = times[j, held : held + stop]
-                for h in (new < old).nonzero().flatten().tolist():
-                    back[j][h + held] = i, h, e
-                torch.minimum(new, old, out=old)
+                is_faster = new < times[j, held : held + stop]
+                back[j, held : held + stop].masked_fill_(is_faster, len(steps))
+                torch.minimum(new, times[j, held : held + stop], out=times[j, held : held + stop])
+                steps.append((i, j, held, e))
     held = int(times[n].argmin())
     if math.isinf(times[n, held]):
         return None
-    # Follow the entries back from the last border.
+    # Follow the steps back from the last border.
     chosen, j = list[tuple[int, int, Entry]](), n
     while j:
-        i, held, e = back[j][held]
+        i, j, own, e = steps[int(back[j, held])]
         chosen.append((i, j, e))
-        j = i
+        j, held = i, held - own
     plan = _combine_entries(ranges, chosen)
     try:
         return plan, ranges.model.load(plan)

@@ -54,6 +54,12 @@ def compiled_as(fitted: Any) -> Any:
 
 
 def check(model: nn.Module, fitted: Any, x: Tensor, memory: float, half: bool = False) -> None:
+    """Steps are those of `model`, whose parts are compiled, in less memory, and parts run again."""
+    check_steps(model, fitted, x, memory, half)
+    assert parts_again(fitted)
+
+
+def check_steps(model: nn.Module, fitted: Any, x: Tensor, memory: float, half: bool = False) -> None:
     """Steps are those of `model`, whose parts are compiled, in less memory."""
 
     def step(m: nn.Module) -> Tensor:
@@ -66,7 +72,6 @@ def check(model: nn.Module, fitted: Any, x: Tensor, memory: float, half: bool = 
     assert peak(fitted, partial(step, fitted)) <= memory * plain
     for seed in range(3):
         assert equal(state(fitted, partial(step, fitted), seed), state(model, partial(step, model), seed))
-    assert parts_again(fitted)
 
 
 def convolutions() -> Made:
@@ -95,6 +100,15 @@ def test_what_parts_run_again_from_goes_as_the_backward_passes_them() -> None:
     model, x = Residual(*(branch(64) for _ in range(24))), torch.randn(1024, 64)
     fitted: Any = planned(model, x, memory=0.17, compile=True)
     check(model, fitted, x, 0.17)
+
+
+def test_what_a_part_saves_of_its_input_is_dropped_with_it() -> None:
+    """The cheapest plan keeps the input of each GELU, and computes the input of the compiled layer after it again."""
+    blocks = [nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64)) for _ in range(4)]
+    for block in blocks:
+        block[2].compile(backend="aot_eager")
+    model, x = nn.Sequential(*blocks), torch.randn(256, 64)
+    check_steps(model, planned(model, x, memory=0.75), x, 0.75)
 
 
 @pytest.mark.parametrize("how", ["in place", "wrapped", "breaks"])
