@@ -23,7 +23,7 @@ from distributed_cases import (
 from distributed_models import Gradients, Result, Task, blocks, chain_of, reference
 from distributed_parallel import PIPELINES, TENSOR, pipeline_reference, stages_of
 from distributed_state import STATE
-from helpers import TOLERANCE, relative_error
+from helpers import DEEP, TOLERANCE, relative_error
 from processes import run_in_processes
 from torch import distributed
 from ways import Plain
@@ -34,6 +34,8 @@ pytestmark = [
     pytest.mark.usefixtures("fp64"),
     pytest.mark.xdist_group("distributed"),
 ]
+WORLDS = (1, 2, 4) if DEEP else (1, 2)
+in_four_processes = pytest.mark.deep  # they take turns on a machine with two cores
 Results = dict[int, list[dict[Key, Result]]]
 
 
@@ -41,7 +43,7 @@ Results = dict[int, list[dict[Key, Result]]]
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Per number of processes what each process gave."""
     found: Results = {}
-    for world in (1, 2, 4):
+    for world in WORLDS:
         folder = tmp_path_factory.mktemp(f"processes_{world}")
         run_in_processes(work, world, folder)
         found[world] = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
@@ -88,6 +90,7 @@ def test_ddp_gives_the_average_of_the_plain_gradients(results: Results, world: i
     check(results, world, ("DDP", case, way), DDP[case][1])
 
 
+@in_four_processes
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", IN_FOUR["DDP"])
 def test_ddp_in_four_processes(results: Results, case: str, way: str) -> None:
@@ -101,6 +104,7 @@ def test_fsdp2_gives_the_average_of_the_plain_gradients(results: Results, case: 
     check(results, 2, ("FSDP", case, way), FSDP[case][1])
 
 
+@in_four_processes
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize("case", IN_FOUR["FSDP"])
 def test_fsdp2_in_four_processes(results: Results, case: str, way: str) -> None:
@@ -158,6 +162,7 @@ def test_tensor_parallel_functions_give_the_plain_gradients(results: Results, ca
         assert_same(result, same)
 
 
+@in_four_processes
 @pytest.mark.parametrize("way", OWN)
 def test_tensor_parallel_functions_may_be_sharded_too(results: Results, way: str) -> None:
     expected = reference(2, model=chain_of(Plain))
@@ -177,7 +182,11 @@ def test_processes_agree_on_the_collectives_that_run_again(results: Results) -> 
 # --- pipelines
 @pytest.mark.parametrize("way", OWN)
 @pytest.mark.parametrize(
-    ("world", "case"), [*((2, case) for case in PIPELINES), *((4, case) for case in IN_FOUR["pipeline"])]
+    ("world", "case"),
+    [
+        *((2, case) for case in PIPELINES),
+        *(pytest.param(4, case, marks=in_four_processes) for case in IN_FOUR["pipeline"]),
+    ],
 )
 def test_stages_of_a_pipeline_give_the_plain_gradients(results: Results, world: int, case: str, way: str) -> None:
     stages = [stages_of(case, rank, world) for rank in range(world)]
