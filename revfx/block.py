@@ -21,7 +21,6 @@ from torch.utils import _pytree as pytree
 from revfx.modes import check_exact, runs_plain, sees_the_engine
 from revfx.plan.model import PlannedModel
 from revfx.traced import free_couplings
-from revfx.world.reach import Reach
 
 
 Function = Callable[..., Tensor]
@@ -69,9 +68,10 @@ def rev_block(
     check_exact(exact)
     layers = _pair_functions(f, g, num_layers)
     sides = (_drop_if_empty(f_side_input), _drop_if_empty(g_side_input))
-    _check_streams(x1, x2, layers, sides)
-    is_floating = x1.is_floating_point() and x2.is_floating_point()  # else nothing needs a gradient
-    if num_layers == 0 or not is_floating:
+    _check_streams(x1, x2)
+    if not (x1.is_floating_point() and x2.is_floating_point()):
+        return _run_integers(x1, x2, layers, sides)
+    if num_layers == 0:
         return _run_layers(x1, x2, layers, sides)
     if torch.compiler.is_compiling():
         if is_training:
@@ -272,8 +272,8 @@ def _drop_if_empty(side: Any) -> Any:
     return side
 
 
-def _check_streams(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> None:
-    """Raise a TypeError unless the streams are dense, and of floating-point numbers if a gradient is needed."""
+def _check_streams(x1: Tensor, x2: Tensor) -> None:
+    """Raise a TypeError unless the streams are dense."""
     for name, x in (("x1", x1), ("x2", x2)):
         if x.is_nested:
             kind, remedy = "a nested tensor", "padded ones, or the values of a jagged tensor"
@@ -282,11 +282,26 @@ def _check_streams(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> None
         else:
             continue
         raise TypeError(f"`{name}` is {kind}; a reversible block needs dense streams: {remedy}.")
-    if x1.is_floating_point() and x2.is_floating_point():
-        return
-    if torch.is_grad_enabled() and Reach((x1, x2, *sides, *layers)).needs_grad():
-        name, x = ("x2", x2) if x1.is_floating_point() else ("x1", x1)
-        raise TypeError(
-            f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
-            f" Convert it (`{name}.float()`), or call it under `torch.no_grad()`."
-        )
+
+
+def _run_integers(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> tuple[Tensor, Tensor]:
+    """Run the layers on streams of which one is not floating point.
+
+    Raises:
+        TypeError: a gradient is needed.
+    """
+    given = [t for t in pytree.tree_leaves((x1, x2, sides)) if isinstance(t, Tensor)]
+    if torch.is_grad_enabled() and any(t.requires_grad for t in chain(given, _Functions(layers).parameters())):
+        raise _not_floating(x1, x2)
+    outs = _run_layers(x1, x2, layers, sides)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in outs):  # by tensors that the functions close over
+        raise _not_floating(x1, x2)
+    return outs
+
+
+def _not_floating(x1: Tensor, x2: Tensor) -> TypeError:
+    name, x = ("x2", x2) if x1.is_floating_point() else ("x1", x1)
+    return TypeError(
+        f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
+        f" Convert it (`{name}.float()`), or call it under `torch.no_grad()`."
+    )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from revfx import _fake
-from revfx.world.reach import CONTAINERS
+from revfx.world.values import CONTAINERS
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from revfx import _torch
-from revfx.world.reach import CONTAINERS, is_user_attribute
-from revfx.world.values import ATOMS, is_plain
+from revfx.world.values import ATOMS, CONTAINERS, is_plain, is_user_attribute
 
 
 MAX_NOTED_ENTRIES = 10_000  # a longer container is data, which a forward does not change

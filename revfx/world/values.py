@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import types
+from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
-from revfx.world.reach import EMPTY, cell_content, global_names, package_of
-
 
 ATOMS = (int, float, complex, bool, str, bytes, type(None), torch.dtype, torch.device)
 _OURS = ("torch", "revfx")
+CONTAINERS = (list, dict, set, deque)
+EMPTY = object()
+_TORCH_TABLES = frozenset(vars(nn.Module())) - {"training"}  # torch's own tables in `vars(module)`
+
+
+def is_user_attribute(name: str) -> bool:
+    """Return whether an attribute of this name in `vars(module)` is the user's, or `training`."""
+    return name not in _TORCH_TABLES
+
+
+def package_of(item: Any) -> str:
+    """Return the name of the package of a function or class."""
+    return str(item.__module__ or "").partition(".")[0]
+
+
+@functools.lru_cache(maxsize=1024)
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """Return the names of the globals that code, or a function inside it, loads."""
+    names = {i.argval for i in dis.get_instructions(code) if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= global_names(constant)
+    return frozenset(names)
+
+
+def cell_content(cell: types.CellType) -> Any:
+    """Return the value of a closure variable; EMPTY if it is not assigned."""
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return EMPTY
 
 
 def is_plain(value: object) -> bool:
