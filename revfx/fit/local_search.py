@@ -31,7 +31,7 @@ class LocalSearch:
     @classmethod
     def of(cls, model: Model, budget: int) -> LocalSearch:
         """Return a search with as many simulations as the size of the step allows."""
-        return cls(model, budget, MAX_SIMULATED_OPERATORS // model.needs.tape.backward_start)
+        return cls(model, budget, MAX_SIMULATED_OPERATORS // (1 + model.needs.tape.backward_start))
 
     def simulate(self, plans: Iterable[Plan]) -> Iterator[SimulatedPlan]:
         """Yield the feasible plans with their loads, while simulations are left."""

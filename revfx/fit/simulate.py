@@ -45,12 +45,12 @@ class Load:
     live: list[int]
     seconds: float
 
-    @property
+    @cached_property
     def peak(self) -> int:
         """Return the most bytes."""
         return max(self.live)
 
-    @property
+    @cached_property
     def soft_peak(self) -> float:
         """Return a norm of the live bytes: little more than the peak, by how many other slots are about as full."""
         live = torch.tensor(self.live, dtype=torch.float64)
