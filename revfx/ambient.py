@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 import sys
-import traceback
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 
 from revfx import _torch
-from revfx.errors import is_users
 
 
 RandomState = tuple[str, Callable[[Any], Any], Any, Any]  # name, setter of the state, the state, a form to compare
@@ -85,12 +83,3 @@ def set_variable(variable: ContextVar[Any], value: Any) -> Generator[None]:
         yield
     finally:
         variable.reset(token)
-
-
-def user_location() -> str:
-    """Return the file and line of the innermost frame that is the user's; empty if there is none."""
-    for frame, line in traceback.walk_stack(_torch.caller()):
-        file = frame.f_code.co_filename
-        if is_users(file):
-            return f"{file}:{line}"
-    return ""
