@@ -291,17 +291,13 @@ def _run_integers(x1: Tensor, x2: Tensor, layers: Layers, sides: Sides) -> tuple
         TypeError: a gradient is needed.
     """
     given = [t for t in pytree.tree_leaves((x1, x2, sides)) if isinstance(t, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in chain(given, _Functions(layers).parameters())):
-        raise _not_floating(x1, x2)
-    outs = _run_layers(x1, x2, layers, sides)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in outs):  # by tensors that the functions close over
-        raise _not_floating(x1, x2)
-    return outs
-
-
-def _not_floating(x1: Tensor, x2: Tensor) -> TypeError:
+    has_grad = torch.is_grad_enabled()
+    if not (has_grad and any(t.requires_grad for t in chain(given, _Functions(layers).parameters()))):
+        y1, y2 = _run_layers(x1, x2, layers, sides)
+        if not (has_grad and (y1.requires_grad or y2.requires_grad)):  # by tensors that the functions close over
+            return y1, y2
     name, x = ("x2", x2) if x1.is_floating_point() else ("x1", x1)
-    return TypeError(
+    raise TypeError(
         f"`{name}` is {x.dtype}; a reversible block needs floating-point streams when a gradient is needed."
         f" Convert it (`{name}.float()`), or call it under `torch.no_grad()`."
     )
