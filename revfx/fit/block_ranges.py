@@ -116,7 +116,7 @@ class BlockRanges:
                 return "there"
             return v if made is None or o - made > far else (o - made, tape.ops[made].makes.index(v))
 
-        def death(o: int, v: int) -> int:
+        def death(o: int, v: int) -> int:  # in operators: the record of an end varies by a slot
             end = self.model.end(tape.allocation(v))
             return -1 if end is None else min(end // 2 - o, far)
 

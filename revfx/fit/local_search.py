@@ -30,7 +30,10 @@ class LocalSearch:
 
     @classmethod
     def of(cls, model: Model, budget: int) -> LocalSearch:
-        """Return a search with as many simulations as the size of the step allows."""
+        """Return a search with as many simulations as the size of the forward allows.
+
+        Gradients that are added to earlier ones make the backward longer, and should not change the plan.
+        """
         return cls(model, budget, MAX_SIMULATED_OPERATORS // (1 + model.needs.tape.backward_start))
 
     def simulate(self, plans: Iterable[Plan]) -> Iterator[SimulatedPlan]:

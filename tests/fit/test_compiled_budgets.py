@@ -102,7 +102,7 @@ def test_what_parts_run_again_from_goes_as_the_backward_passes_them() -> None:
     check(model, fitted, x, 0.17)
 
 
-def test_what_a_part_saves_of_its_input_is_dropped_with_it() -> None:
+def test_the_input_that_a_compiled_part_saves_is_dropped() -> None:
     """The cheapest plan keeps the input of each GELU, and computes the input of the compiled layer after it again."""
     blocks = [nn.Sequential(nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64)) for _ in range(4)]
     for block in blocks:
