@@ -23,6 +23,7 @@ from revfx.engine.exits import Exit, place_of
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
 from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
+from revfx.engine.operators import changes_versions
 from revfx.engine.plan import Plan, UnitPlan
 from revfx.engine.proof import prove_call
 from revfx.engine.saved import SavedTensor
@@ -47,8 +48,7 @@ class Forward:
         count: the number of units that matched.
         position: the position in the path of the unit that is expected next.
         coded_bytes: bytes of the codes.
-        writes: whether the running operator writes to an argument; version counters grow only when it returns.
-        unsettled: a call whose last operator wrote to an argument.
+        unsettled: a call whose last operator has not returned, and then changes version counters.
         addresses: the addresses of the exits of the latest call.
         kept_cuts: by chain, the number of entries and exits of units that are held.
         path: the path that the forward follows so far.
@@ -57,7 +57,6 @@ class Forward:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
-        self.writes = False
         self.path, self.others = plan.path, [*plan.others]
         self.unsettled: UnitCall | None = None
         self.addresses: list[int] = []
@@ -65,6 +64,7 @@ class Forward:
         self._calls: list[UnitCall] = []
         self._holders: dict[int, list[UnitCall]] = {}  # by storage: the calls that hold tensors in it
         self._exits: dict[int, Exit] = {}  # by the id of a tensor, and by its address
+        self._latest_exits: list[int] = []  # the keys there of the latest call
 
     @property
     def expected(self) -> UnitPlan | None:
@@ -145,7 +145,6 @@ class Forward:
     @_torch.never_compiled
     def before_write(self, written: Sequence[Tensor], active: Sequence[Match]) -> None:
         """Copy tensors that calls or active matches hold in storages that are about to be written to."""
-        self.writes = True
         for key in dict.fromkeys(map(memory_of, written)):
             if key is None:
                 continue
@@ -162,10 +161,10 @@ class Forward:
         call.versions = {slot: _torch.version(t) for slot, t in call.given.items()}
         for slot, (t, _) in call.exits.items():
             call.exits[slot] = t, _torch.version(t)
-        for key, exit in self._exits.items():
-            t = exit.tensor()
-            if exit.call is call and t is not None:
-                self._exits[key] = exit._replace(version=_torch.version(t))
+        for key in self._latest_exits:
+            t = self._exits[key].tensor()
+            if t is not None:
+                self._exits[key] = self._exits[key]._replace(version=_torch.version(t))
 
     @_torch.never_compiled
     def save(self, t: Tensor) -> SavedTensor:
@@ -252,7 +251,7 @@ class Forward:
         memory.update(key for c in unit.coded if c.head in call.given and (key := memory_of(call.given[c.head])))
         for key in memory:
             self._holders.setdefault(key, []).append(call)
-        self.unsettled = call if self.writes else None
+        self.unsettled = call if changes_versions(unit.ops[-1].func) else None
         self.count += 1
         if earlier or matched is self.expected:  # an unexpected unit without a link does not tell the position
             self.position = site + 1
@@ -331,15 +330,17 @@ class Forward:
                 before.exits.pop(exit, None)
                 if before.inverts:
                     call.taken.add(slot)
-        self.addresses = []
+        self.addresses, self._latest_exits = [], []
         for held in exits:
             exit = Exit(weakref.ref(held.tensor), call, held.slot, held.version)
             if call.unit.gives_exit and held.memory is not None:
                 storage = weakref.ref(held.tensor.untyped_storage())
                 exit = exit._replace(storage=storage, place=place_of(held.tensor))
             self._exits[id(held.tensor)] = exit
+            self._latest_exits.append(id(held.tensor))
             if held.address is not None:
                 self._exits[held.address] = exit
+                self._latest_exits.append(held.address)
                 self.addresses.append(held.address)
 
     def _drop(self, call: UnitCall, match: Match) -> None:

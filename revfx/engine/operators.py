@@ -34,6 +34,12 @@ def is_writer(func: Any) -> bool:
 
 
 @cache
+def changes_versions(func: Any) -> bool:
+    """Return whether version counters change as an operator returns: it writes, or a view takes over its base's."""
+    return is_writer(func) or (is_overload(func) and may_alias(func))
+
+
+@cache
 def written_positions(func: Any) -> tuple[tuple[int, str], ...]:
     """Return the positions and names of the arguments that an operator writes to."""
     found: list[tuple[int, str]] = []

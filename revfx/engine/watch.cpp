@@ -191,7 +191,7 @@ class Watcher : public Observer {
     following_ = ++number_;
     if (is_unsettled_) call_python(0, [&] { forward().attr("settle")(); });
     is_unsettled_ = false;
-    is_writing_ = before_write(op, *stack);
+    before_write(op, *stack);
     if (running_.size() == 1 && next(running_[0]).handle == op) {
       follow(op, keys, stack, level);
     } else if (!running_.empty() || plan_->starts.count(op)) {
@@ -226,9 +226,9 @@ class Watcher : public Observer {
   const Operator& next(const Running& r) const { return unit(r).operators[r.at]; }
   bool is_complete(const Running& r) const { return r.at == unit(r).operators.size(); }
 
-  // Copy tensors that matches and calls hold in memory that an operator writes to. Return whether it is a writer.
-  bool before_write(const OperatorHandle& op, const Stack& stack) {
-    if (!op.schema().is_mutable() || statistics.count(op)) return false;
+  // Copy tensors that matches and calls hold in memory that an operator writes to.
+  void before_write(const OperatorHandle& op, const Stack& stack) {
+    if (!op.schema().is_mutable() || statistics.count(op)) return;
     std::vector<Tensor> written;
     for (size_t i = 0; i < op.schema().arguments().size(); i++) {
       const auto* alias = op.schema().arguments()[i].alias_info();
@@ -242,7 +242,6 @@ class Watcher : public Observer {
       for (Running& r : running_)
         if (memory_of(t)) r.match.copy_held(unit(r), memory_of(t));
     if (has_calls_) call_python(0, [&] { forward().attr("before_write")(py::cast(written), py::tuple()); });
-    return true;
   }
 
   // Run the operator that the one match expects.
@@ -384,7 +383,6 @@ class Watcher : public Observer {
     running_.erase(running_.begin() + std::ptrdiff_t(chosen));
     while (!running_.empty()) discard(running_.size() - 1);
     call_python(0, [&] {
-      forward().attr("writes") = is_writing_;
       forward().attr("complete")(python_match(std::move(complete)));
       is_unsettled_ = !forward().attr("unsettled").is_none();
       has_calls_ = true;
@@ -433,8 +431,8 @@ class Watcher : public Observer {
   bool has_varied_ = false;    // of the plan
   size_t depth_ = 0;  // how many hooks for saved tensors are set, with those of this watcher
   std::optional<std::pair<c10::SafePyObject, c10::SafePyObject>> hooks_;  // them, while they are not set
-  bool is_writing_ = false, is_unsettled_ = false;  // see `Forward`
-  bool has_calls_ = false;                          // units matched
+  bool is_unsettled_ = false;  // see `Forward`
+  bool has_calls_ = false;     // units matched
   std::unordered_set<const void*> exits_;           // addresses of the exits of calls
 };
 

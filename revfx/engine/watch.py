@@ -64,13 +64,9 @@ class Watching(HookedMode):
             return func(*args, **kwargs)
         if self.forward.unsettled is not None:
             self.forward.settle()
-        if not is_writer(func):
-            return self._run(func, args, kwargs)
-        self.forward.before_write(written_arguments(func, args, kwargs), self.active)
-        try:
-            return self._run(func, args, kwargs)
-        finally:
-            self.forward.writes = False
+        if is_writer(func):
+            self.forward.before_write(written_arguments(func, args, kwargs), self.active)
+        return self._run(func, args, kwargs)
 
     def part(self, part: CompiledPart, args: Any, kwargs: Any) -> Any:
         """Make the call of a compiled part, which is an operator of units."""
