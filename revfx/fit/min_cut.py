@@ -95,7 +95,8 @@ class Menu:
         infinite = network.graph["inf"] = 3 * sum(finite.values()) + 1
         for a, b in edges:
             network[a][b]["capacity"] = finite.get((a, b), infinite)
-        _, (_, there) = nx.minimum_cut(network, "S", "T", flow_func=boykov_kolmogorov, residual=network)
+        boykov_kolmogorov(network, "S", "T", residual=network, value_only=True)
+        there = network.graph["trees"][1].keys()  # the nodes from which capacity is left to the sink
         dropout_masks = self.dropout_masks & there
         kept = {v for v, o in self.values.items() if v in there and ("operator", o) not in there} - dropout_masks
         gone = self.values.keys() - there - self.given
