@@ -163,18 +163,24 @@ def disagreeing(build: Build, rank: int, world: int) -> Result:
 F32 = torch.float32
 CASTS = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, reduce_dtype=F32)}
 BACK = {"mp_policy": MixedPrecisionPolicy(param_dtype=F32, output_dtype=torch.float64)}
-FSDP: dict[str, tuple[Case, Task]] = {
-    "whole": (_fsdp(none), Task()),
-    "whole, kept unsharded": (_fsdp(none, reshard_after_forward=False), Task()),
-    "f and g each": (_fsdp(functions_of, reshard_after_forward=True), Task()),
-    "f and g each, kept unsharded": (_fsdp(functions_of, reshard_after_forward=False), Task()),
-    "f and g of a layer together": (_fsdp(layers), Task()),
-    "accumulation": (_fsdp(functions_of, task=Task(accumulate=True)), Task(accumulate=True)),
-}
-BLOCKS: dict[str, Case] = {
-    "blocks": _blocks(reshard_after_forward=True),
-    "blocks, kept unsharded": _blocks(reshard_after_forward=False),
-}
+FSDP: dict[str, tuple[Case, Task]] = quick_but(
+    ("whole, kept unsharded",),  # as f and g each
+    {
+        "whole": (_fsdp(none), Task()),
+        "whole, kept unsharded": (_fsdp(none, reshard_after_forward=False), Task()),
+        "f and g each": (_fsdp(functions_of, reshard_after_forward=True), Task()),
+        "f and g each, kept unsharded": (_fsdp(functions_of, reshard_after_forward=False), Task()),
+        "f and g of a layer together": (_fsdp(layers), Task()),
+        "accumulation": (_fsdp(functions_of, task=Task(accumulate=True)), Task(accumulate=True)),
+    },
+)
+BLOCKS: dict[str, Case] = quick_but(
+    ("blocks, kept unsharded",),  # as f and g each
+    {
+        "blocks": _blocks(reshard_after_forward=True),
+        "blocks, kept unsharded": _blocks(reshard_after_forward=False),
+    },
+)
 MIXED: dict[str, Case] = {  # what is computed in float32, of a model in fp64
     "f and g": _mixed(functions_of, {}, **CASTS),
     "f and g, with streams": _mixed(functions_of, BACK, **CASTS),
