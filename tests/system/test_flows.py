@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -76,6 +77,7 @@ OF_EACH_REASON = (
 
 # Codes make up for what a matrix, or a function that saturates, rounds.
 CODED = ("FrEIA all in one", "FrEIA fixed 1x1 convolution", "FrEIA Haar", "normflows matrix", "normflows LU")
+CODED_COMPILED = ("FrEIA fixed 1x1 convolution", "normflows LU")  # where the rules are those of `convert`
 CODED_LIKE_OTHERS = (
     *("FrEIA all in one, soft", "FrEIA all in one, GIN", "FrEIA all in one, images", "FrEIA fixed matrix"),
     *("FrEIA i-RevNet sampling by convolution", "FrEIA Householder", "normflows 1x1 convolution"),
@@ -180,8 +182,13 @@ class Trained(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:torch.lu is deprecated:UserWarning")  # normflows calls it
-@pytest.mark.parametrize("way", ["convert", "aot_eager"])
-@pytest.mark.parametrize("name", [*CODED, *(pytest.param(n, marks=pytest.mark.deep) for n in CODED_LIKE_OTHERS)])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    deep_but(
+        [*((name, "convert") for name in CODED), *((name, "aot_eager") for name in CODED_COMPILED)],
+        itertools.product((*CODED, *CODED_LIKE_OTHERS), ("convert", "aot_eager")),
+    ),
+)
 def test_by_codes_linear_maps_keep_little_per_block_and_gradients_are_the_plain_ones(name: str, way: str) -> None:
     assert_lossless(IRREVERSIBLE[name], way)
 

@@ -332,7 +332,7 @@ MODELS: dict[str, Callable[[], Made]] = {
     "pointnet": lambda: Made(PointNet(), lambda: {"points": torch.randn(8, 3, 256)}, classes),
     "graph": lambda: Made(GraphNet(), lambda: {"x": torch.randn(500, 64)}, square),
 }  # fmt: skip
-ALWAYS = ("gpt2 eager", "mixtral", "vit", "convnext", "pointnet", "graph")
+ALWAYS = ("gpt2 eager", "mixtral", "convnext", "pointnet", "graph")
 # The part of plain's peak that first steps take, where blocks that are dropped whole are large, or can't be dropped.
 FIRST = {
     "gpt2 eager": 0.42, "opt": 0.49, "mamba": 0.59, "t5": 0.43, "bart": 0.42, "whisper": 0.57, "wav2vec2": 0.82,
