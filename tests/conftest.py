@@ -33,14 +33,15 @@ torch.set_num_threads(1)  # small tensors: threads only wait for each other
 
 
 # Files that take a minute or more: workers begin with them, or the last one is alone with one at the end.
-LONG = ("test_distributed", "test_caches", "test_faults")
+LONG = ("test_distributed", "test_caches", "test_faults", "test_distributed_budgets", "test_fit", "test_feasible")
 # Files that compile much come last, the longest first: torch keeps so much of each compilation that the collector, and
 # the search for what a recording that failed has left behind, take several times as long afterwards.
 COMPILING = (
+    "test_functions", "test_compiled_budgets", "test_compiled_blocks", "test_compiled_guards", "test_coded",
     "test_zoo_compiled", "test_compiled_caches", "test_flows", "test_compiled_situations", "test_programs",
     "test_compiled_random", "test_block_compiled", "test_compiled_distributed", "test_long",
     "test_compiled_sizes", "test_compiled_state", "test_faults_compiled", "test_backend",
-    "test_compiled_rounding", "test_compiled_streams",
+    "test_compiled_rounding", "test_compiled_streams", "test_traced", "test_aliases",
 )  # fmt: skip
 
 
