@@ -37,11 +37,11 @@ LONG = ("test_distributed", "test_caches", "test_faults", "test_distributed_budg
 # Files that compile much come last, the longest first: torch keeps so much of each compilation that the collector, and
 # the search for what a recording that failed has left behind, take several times as long afterwards.
 COMPILING = (
-    "test_functions", "test_compiled_budgets", "test_compiled_blocks", "test_compiled_guards", "test_coded",
-    "test_zoo_compiled", "test_compiled_caches", "test_flows", "test_compiled_situations", "test_programs",
-    "test_compiled_random", "test_block_compiled", "test_compiled_distributed", "test_long",
-    "test_compiled_sizes", "test_compiled_state", "test_faults_compiled", "test_backend",
-    "test_compiled_rounding", "test_compiled_streams", "test_traced", "test_aliases",
+    "test_functions", "test_zoo_compiled", "test_compiled_budgets", "test_flows", "test_compiled_caches",
+    "test_compiled_guards", "test_compiled_distributed", "test_compiled_blocks", "test_programs",
+    "test_compiled_random", "test_compiled_situations", "test_coded", "test_block_compiled", "test_traced",
+    "test_aliases", "test_backend", "test_compiled_sizes", "test_long", "test_compiled_streams",
+    "test_compiled_state", "test_compiled_rounding", "test_faults_compiled",
 )  # fmt: skip
 
 
