@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal, fit_of
+from fit_models import Residual, branch, equal, fit_of, quick_search as quick_search
+from helpers import deep_but
 from torch import Tensor, nn
 
 import revfx
 
 
-STEPS = 6
+STEPS, LAYERS = 6, 4
 
 
 class Tokens(nn.Module):
@@ -21,7 +22,7 @@ class Tokens(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.layers = nn.Embedding(50, 64), Residual(*(branch() for _ in range(6)))
+        self.embed, self.layers = nn.Embedding(50, 64), Residual(*(branch() for _ in range(LAYERS)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.layers(self.embed(tokens))
@@ -32,7 +33,7 @@ class Inner(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(branch() for _ in range(6))
+        self.layers = nn.ModuleList(branch() for _ in range(LAYERS))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x
@@ -55,7 +56,7 @@ class Two(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(branch() for _ in range(6))
+        self.layers = nn.ModuleList(branch() for _ in range(LAYERS))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = x
@@ -113,7 +114,7 @@ def check(
 
 
 def mlp() -> nn.Module:
-    return Residual(*(branch() for _ in range(6)))
+    return Residual(*(branch() for _ in range(LAYERS)))
 
 
 def slices() -> Calls:
@@ -144,7 +145,7 @@ def expanded() -> Calls:
 
 
 def asking() -> nn.Module:
-    return Asking(*(branch() for _ in range(6)))
+    return Asking(*(branch() for _ in range(LAYERS)))
 
 
 SLICES = (slices, sparse_slices, chunks, columns, expanded)
@@ -152,7 +153,11 @@ SLICES = (slices, sparse_slices, chunks, columns, expanded)
 CASES = [(make, calls) for make in (mlp, Inner, asking) for calls in SLICES if (make, calls) != (Inner, columns)]
 
 
-@pytest.mark.parametrize(("make", "calls"), CASES)
+# How they lie is of no matter to how the argument is read, or recorded.
+OFTEN = [case for case in CASES if case[0] is mlp or case[1] in (slices, sparse_slices)]
+
+
+@pytest.mark.parametrize(("make", "calls"), deep_but(OFTEN, CASES))
 def test_batches_are_slices_of_a_data_set(make: Callable[[], nn.Module], calls: Callable[[], Calls]) -> None:
     assert len(check(make, calls).plans) == 1
 
@@ -215,7 +220,7 @@ def separate(model: nn.Module) -> None:
 
 @pytest.mark.parametrize("when", [0, 3])
 @pytest.mark.parametrize("how", [flatten, transpose])
-@pytest.mark.parametrize("make", [mlp, lambda: Asking(*(branch() for _ in range(6)))])
+@pytest.mark.parametrize("make", [mlp, lambda: Asking(*(branch() for _ in range(LAYERS)))])
 def test_parameters_may_move(
     make: Callable[[], nn.Module], how: Callable[[nn.Module], None], when: int, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -246,13 +251,13 @@ def test_buffers_may_move() -> None:
         if step == 3:
             flatten(model, nn.Module.buffers)
 
-    assert len(check(lambda: Scaled(*(branch() for _ in range(6))), slices, change=change).plans) == 1
+    assert len(check(lambda: Scaled(*(branch() for _ in range(LAYERS))), slices, change=change).plans) == 1
 
 
 def test_a_parameter_may_be_a_slice_of_another() -> None:
     def tied() -> nn.Module:
         model: Any = mlp()
-        for a, b in zip(model.layers[:3], model.layers[3:], strict=True):
+        for a, b in zip(model.layers[:2], model.layers[2:], strict=True):
             b[1].weight = nn.Parameter(a[4].weight.detach().view(256, 64))
             b[1].bias = nn.Parameter(a[1].bias.detach()[0:256])
             b[4].bias = nn.Parameter(a[1].bias.detach()[64:128])

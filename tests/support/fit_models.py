@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from helpers import DEEP
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -50,7 +52,7 @@ def relu_mlp() -> Made:
 
 def encoder() -> Made:
     layer = nn.TransformerEncoderLayer(64, 4, 256, 0.1, batch_first=True, norm_first=True)
-    model = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    model = nn.TransformerEncoder(layer, 4 if DEEP else 2, enable_nested_tensor=False)
     return model, (torch.randn(4, 64, 64),), square
 
 
@@ -109,7 +111,7 @@ def tagger() -> Made:
 
 
 def gru() -> Made:
-    return nn.GRU(32, 64, 2, batch_first=True, dropout=0.1), (torch.randn(64, 16, 32),), square
+    return nn.GRU(32, 64, 2, batch_first=True, dropout=0.1), (torch.randn(64, 16 if DEEP else 6, 32),), square
 
 
 def in_place() -> Made:
@@ -212,6 +214,12 @@ def make(name: str) -> Made:
     torch.manual_seed(0)
     model, args, loss = MODELS[name]()
     return model.train(), args, loss
+
+
+@pytest.fixture(autouse=True)
+def quick_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file that imports this, plans may be a little slower than the best: few of them are simulated."""
+    monkeypatch.setattr("revfx.fit.local_search.MAX_SIMULATED_OPERATORS", 100_000 if DEEP else 20_000)
 
 
 def state(model: nn.Module, step: Callable[[], Tensor], seed: int = 1) -> list[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal
+from fit_models import Residual, branch, equal, quick_search as quick_search
 from helpers import DEEP
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -120,7 +120,7 @@ def fresh() -> Iterator[None]:
 def gpt2() -> Any:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    sizes = {"n_layer": 4, "n_head": 2, "n_embd": 32, "vocab_size": WORDS, "n_positions": LONGEST}
+    sizes = {"n_layer": 3, "n_head": 2, "n_embd": 32, "vocab_size": WORDS, "n_positions": LONGEST}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
@@ -392,7 +392,7 @@ def test_batches_with_and_without_padding() -> None:
 def test_lengths_in_random_order(caplog: pytest.LogCaptureFixture) -> None:
     """200 different lengths; last batches are smaller."""
     caplog.set_level(logging.INFO, "revfx")
-    steps, draw = 1000 if DEEP else 80, random.Random(1)
+    steps, draw = 1000 if DEEP else 40, random.Random(1)
     lengths = [LONGEST - draw.randrange(200) for _ in range(steps - 1)] + [LONGEST]
     texts = [text(5 if step % 25 == 24 else 8, length, step) for step, length in enumerate(lengths)]
     (model,) = assert_alike(lambda way: read(way, [(t, None) for t in texts])).models
