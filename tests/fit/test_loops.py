@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import Residual, branch, equal, fit_of
+from fit_models import Residual, branch, equal, fit_of, quick_search as quick_search
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 

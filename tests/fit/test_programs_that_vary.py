@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fit_models import Residual, branch, equal
+from fit_models import Residual, branch, equal, quick_search as quick_search
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ LATER = {"raw memory"}  # programs whose first step holds blocks whole, as what 
 Program = tuple[nn.Module, Callable[[nn.Module, int], Tensor]]  # a model, and the loss of a step
 
 
-def layers(n: int = 8, d: int = 64) -> list[nn.Module]:
+def layers(n: int = 6, d: int = 64) -> list[nn.Module]:
     return [branch(d) for _ in range(n)]
 
 
@@ -256,7 +256,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "generators": lambda: (OwnGenerator(*layers()), plain_loss),
     "iterators": lambda: (Iterating(*layers()), plain_loss),
     "an index": lambda: (Indexing(*layers()), plain_loss),
-    "stochastic depth": lambda: (Dropping(*layers()), plain_loss),
+    "stochastic depth": lambda: (Dropping(*layers(8)), plain_loss),
     "autocast inside": lambda: (Casting(*layers()), plain_loss),
     "autocast as a decorator": lambda: (Decorated(*layers()), _with_the_backward),
     "raw memory": lambda: (Raw(*layers()), plain_loss),
@@ -272,7 +272,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
         nn.Sequential(Residual(*layers()), nn.Linear(64, 100)).bfloat16().float(),
         _half_outside,
     ),
-    "an activation replaced": lambda: (Residual(*layers()), _replaced),
+    "an activation replaced": lambda: (Residual(*layers(8)), _replaced),
     "freezing": lambda: (Residual(*layers()), _frozen),
     "functional_call": lambda: (Residual(*layers()), _functional),
 }

@@ -130,7 +130,7 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, 
 
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
-@pytest.mark.parametrize("name", deep_but(["relu", "encoder", "in place", "lstm", "translator", "unet"], MODELS))
+@pytest.mark.parametrize("name", deep_but(["relu", "encoder", "in place", "lstm", "gru", "unet"], MODELS))
 def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     monkeypatch.setenv(native.CHOICE, watcher)
     (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
