@@ -159,7 +159,7 @@ def tensors_now() -> int:
     return sum(issubclass(type(o), Tensor) for o in gc.get_objects())
 
 
-@ways
+@pytest.mark.parametrize("way", deep_but(["rev_block"], WAYS))  # the same replays
 def test_replayed_tensors_are_freed_with_the_backward_that_asked_for_them(
     way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

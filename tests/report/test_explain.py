@@ -119,7 +119,7 @@ def test_keyword_arguments() -> None:
 
 
 def test_keyword_of_the_model_that_is_called_as_an_option() -> None:
-    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 2)
+    decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(16, 2, 32, dropout=0.0, batch_first=True), 1)
     target, mem = torch.randn(2, 5, 16), torch.randn(2, 7, 16)
     found = revfx.explain(decoder, target, kwargs={"memory": mem})
     assert found.model == "TransformerDecoder" and found.inputs == ("f32[2,5,16]", "f32[2,7,16]") and found.fit is None
