@@ -15,7 +15,7 @@ import pytest
 import torch
 from compiled import QUIET
 from compiled_budgets import check, compiled_as, fresh as fresh, parts_again
-from fit_models import Residual, branch, equal, fit_of, make, planned, square, state
+from fit_models import Residual, branch, equal, fit_of, make, planned, quick_search as quick_search, square, state
 from torch import Tensor, nn
 from torch._dynamo.backends.debugging import aot_eager
 

@@ -11,7 +11,19 @@ import pytest
 import torch
 from compiled import QUIET
 from compiled_budgets import again, check, check_steps, fresh as fresh, parts_again
-from fit_models import Made, Residual, branch, equal, fit_of, make, peak, planned, square, state
+from fit_models import (
+    Made,
+    Residual,
+    branch,
+    equal,
+    fit_of,
+    make,
+    peak,
+    planned,
+    quick_search as quick_search,
+    square,
+    state,
+)
 from helpers import deep_but
 from torch import Tensor, nn
 from torch._dynamo import graph_break

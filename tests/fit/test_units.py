@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fit_models import MODELS, equal, fit_of, make, peak, planned, square, state
+from fit_models import MODELS, encoder, equal, fit_of, make, peak, planned, square, state
 from helpers import deep_but
 from torch import nn
 
@@ -153,6 +153,7 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
 
 
 def test_the_first_backward_compares_all_that_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "encoder", partial(encoder, layers=4))  # units of several stages
     (model, args, loss), fitted, kind, learnt = learnt_step("encoder", monkeypatch)
     assert kind.chosen is not None
     kept = frozenset(v for v in kind.chosen.plan.needs.keepable if learnt.tape.values[v].op is None)

@@ -50,9 +50,9 @@ def relu_mlp() -> Made:
     return Residual(*(branch(act=nn.ReLU) for _ in range(6))), (torch.randn(256, 64),), square
 
 
-def encoder() -> Made:
+def encoder(layers: int = 4 if DEEP else 2) -> Made:
     layer = nn.TransformerEncoderLayer(64, 4, 256, 0.1, batch_first=True, norm_first=True)
-    model = nn.TransformerEncoder(layer, 4 if DEEP else 2, enable_nested_tensor=False)
+    model = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
     return model, (torch.randn(4, 64, 64),), square
 
 
