@@ -122,7 +122,7 @@ def test_what_is_told_can_be_written() -> None:
 
 def test_the_least_budget_is_feasible_where_a_failed_step_left_gradients() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 128, 0.1, batch_first=True, norm_first=True)
-    model, x = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), torch.randn(2, 32, 32)
+    model, x = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), torch.randn(2, 32, 32)
     head = nn.Linear(32, 64)
     with pytest.raises(BudgetError) as raised:
         revfx.convert(nn.Sequential(model, head), memory=1)(x).logsumexp(-1).mean().backward()
