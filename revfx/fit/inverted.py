@@ -19,13 +19,15 @@ from revfx.codes.format import nbytes_of
 from revfx.engine.tape import Tape as Forward
 from revfx.engine.unit import Coded, Unit
 from revfx.fit.costs import code_seconds
-from revfx.fit.grouping import Learnt
+from revfx.fit.grouping import Grouping, Learnt
 from revfx.fit.needs import Needs
+from revfx.fit.plan import Plan
 from revfx.fit.planner import Planner
 from revfx.fit.simulate import OVERHEAD
 from revfx.fit.tape import Tape
 from revfx.plan.couplings import find_couplings
 from revfx.plan.replays import Unreplayable
+from revfx.plan.staged import Dropped
 from revfx.plan.units import UnitBuilder, find_spans
 
 
@@ -97,12 +99,21 @@ class Inverted:
     units: Sequence[CoupledUnit] = ()
     saved: frozenset[int] = frozenset()
 
+    def overlap(self, dropped: Dropped) -> bool:
+        """Return whether couplings lie between operators that are recomputed together."""
+        return any(unit.first <= dropped.last and dropped.first <= unit.last for unit in self.units)
+
 
 class InvertedStep(NamedTuple):
     """A step in which couplings are inverted, with its planner."""
 
     inverted: Inverted
     planner: Planner
+    learnt: Learnt
+
+    def can_follow(self, plan: Plan) -> bool:
+        """Return whether the engine can carry out a plan for the other saved tensors beside the couplings."""
+        return not any(map(self.inverted.overlap, Grouping(plan, self.learnt).run()))
 
 
 def _code_bytes(forward: Forward, head: int, coded: Coded) -> int:
@@ -153,7 +164,8 @@ class InvertedSteps:
         maker = _TapeMaker(before, self._learnt, units)
         tape, saved = maker.run()
         barred = before.needs.barred.union(*map(maker.operators, units))
-        return InvertedStep(Inverted(units, saved), Planner(Needs(tape, barred), before.costs, any_caller=True))
+        planner = Planner(Needs(tape, barred), before.costs, any_caller=True)
+        return InvertedStep(Inverted(units, saved), planner, self._learnt)
 
 
 class _TapeMaker:

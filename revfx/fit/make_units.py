@@ -44,7 +44,7 @@ def units_of(chosen: Chosen, learnt: Learnt, reasons: dict[str, None], budget: i
     chains = 1 + max((coupled.chain for coupled in found), default=-1)
     alike = {_code_of(learnt.tape, v) for v in learnt.proven}
     for dropped in Grouping(chosen.plan, learnt).run():
-        if any(c.first <= dropped.last and dropped.first <= c.last for c in chosen.inverted.units):
+        if chosen.inverted.overlap(dropped):
             where = learnt.tape.ops[dropped.first].where
             reasons[f"{where}: couplings lie between operators that are to be recomputed"] = None
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Reversible
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from typing import NamedTuple
 
 from revfx.errors import BudgetError
@@ -68,7 +68,7 @@ class Survey:
         A budget in bytes holds for any caller if that is possible. A share is compared with the plain step of the same
         caller, and so are bytes that are too few for any caller: both are refused at the same point.
         """
-        asked, plain = budget.of(self.peak), self._chosen(NOTHING, self.plain, self.plain.plain)
+        asked, plain = budget.of(self.peak), self._without(self.plain.plain)
         if budget.share == 1:
             return plain
         found = None if budget.share is not None else self._fastest(asked, lambda planner: planner)
@@ -81,8 +81,10 @@ class Survey:
         """Return whether `best` finds a plan, without a search for a fast one."""
         asked = budget.of(self.peak)
         credit = self.plain.credit(asked)
-        planners = chain([self.plain], (step.planner for step in islice(self.inverting, 1)))
-        return asked >= self.peak or any(p.small.within(asked, credit) is not None for p in planners)
+        if asked >= self.peak or self.plain.small.within(asked, credit) is not None:
+            return True
+        small = [(step, step.planner.small.within(asked, credit)) for step in islice(self.inverting, 1)]
+        return any(plan is not None and step.can_follow(plan) for step, plan in small)
 
     def carried(self, known: Chosen, budget: Budget) -> Chosen | None:
         """Return the plan of a step that is the same but for sizes; None if it exceeds the budget, or leaves much."""
@@ -99,34 +101,41 @@ class Survey:
             return None
         if not USED * asked <= load.peak_with(planner.model.credit, needs.tape.backward_start) <= asked:
             return None
-        return self._chosen(NOTHING, planner, (plan, load))
+        return Chosen(NOTHING, plan, load, load.seconds, planner.model)
 
     def _fastest(self, asked: int, version: Callable[[Planner], Planner]) -> Chosen | None:
         """Return the fastest plan of all, by one version of the planners.
 
         Inverting runs functions again, so it is not looked for where a plan without takes less than that.
         """
-        found = self._chosen(NOTHING, self.plain, version(self.plain).best(asked))
+        found = self._without(version(self.plain).best(asked))
         if found is not None and found.seconds <= DEAR * self.plain.seconds:
             return found
         if found is None:
-            for inverted, planner in self.inverting:
-                other = self._chosen(inverted, planner, version(planner).best(asked))
-                if other is None:  # with less inverted, a step holds more
+            for step in self.inverting:
+                best = version(step.planner).best(asked)
+                if best is None:  # with less inverted, a step holds more
                     break
-                found = other if found is None else min(found, other, key=lambda c: c.seconds)
+                found = min(filter(None, (found, self._with(step, best))), key=lambda c: c.seconds, default=None)
             return found
-        for inverted, planner in reversed(self.inverting):
-            other = self._chosen(inverted, planner, version(planner).best(asked))
+        for step in reversed(self.inverting):
+            other = self._with(step, version(step.planner).best(asked))
             if other is not None:
                 if other.seconds >= found.seconds:  # with more inverted, a step rarely gets faster again
                     break
                 found = other
         return found
 
-    def _chosen(self, inverted: Inverted, planner: Planner, found: tuple[Plan, Load] | None) -> Chosen | None:
-        more = planner.seconds - self.plain.seconds
-        return None if found is None else Chosen(inverted, *found, found[1].seconds + more, planner.model)
+    def _without(self, found: tuple[Plan, Load] | None) -> Chosen | None:
+        """Return a plan in which nothing is inverted."""
+        return None if found is None else Chosen(NOTHING, *found, found[1].seconds, self.plain.model)
+
+    def _with(self, step: InvertedStep, found: tuple[Plan, Load] | None) -> Chosen | None:
+        """Return a plan of a step in which couplings are inverted; None if the engine can't carry it out."""
+        if found is None or not step.can_follow(found[0]):
+            return None
+        more = step.planner.seconds - self.plain.seconds
+        return Chosen(step.inverted, *found, found[1].seconds + more, step.planner.model)
 
     def bound(self, chosen: Chosen, budget: Budget) -> float:
         """Return seconds more than the plain step that no plan within a budget is below.
@@ -144,9 +153,9 @@ class Survey:
 
     def least(self) -> Chosen:
         """Return the plan with the smallest peak."""
-        found = [self._chosen(NOTHING, self.plain, f) for f in (self.plain.plain, self.plain.least())]
-        for inverted, planner in islice(self.inverting, 1):
-            found.append(self._chosen(inverted, planner, planner.least()))
+        found = [*map(self._without, (self.plain.plain, self.plain.least()))]
+        for step in islice(self.inverting, 1):
+            found.append(self._with(step, step.planner.least()))
         return min(filter(None, found), key=lambda c: c.load.peak)
 
     def refusal(self, name: str, inputs: str, budget: Budget, when: str, forwards: int = 1) -> BudgetError:

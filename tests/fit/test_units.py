@@ -58,6 +58,14 @@ class Chain(nn.Module):
         return self.last(torch.cat((a, b), 1))
 
 
+class Bridged(Chain):
+    """What is made before the couplings is read again after them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.first(x).sin().exp()
+        return super().forward(x) * before.tanh()
+
+
 class Transposing(nn.Module):
     """Layers whose saved tensor is a view of one that was written in place."""
 
@@ -73,7 +81,7 @@ class Transposing(nn.Module):
         return x
 
 
-CHAINS = {"additive": partial(Chain, False), "affine": partial(Chain, True)}
+CHAINS = {"additive": partial(Chain, False), "affine": partial(Chain, True), "bridged": partial(Bridged, False)}
 
 
 def chain(name: str) -> Any:
@@ -194,7 +202,7 @@ def test_couplings_are_inverted_beside_any_plan(name: str, watcher: str, monkeyp
     want = state(model, lambda: loss(model(*args)))
     planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
     kept_plan, counts, draw = kind.chosen, list[int](), random.Random(0)
-    for inverted, of_rest in InvertedSteps(planner, learnt):
+    for inverted, of_rest, _ in InvertedSteps(planner, learnt):
         counts.append(len(inverted.units))
         assert kept_plan is not None
         kind.known = [(kept_plan._replace(plan=of_rest.plain[0], model=of_rest.model), kind.plan.path)]
@@ -225,3 +233,13 @@ def test_units_that_end_with_a_view_of_what_was_written_are_dropped(
     fitted = planned(model, x, memory=0.7)
     assert equal(state(model, lambda: square(fitted(x))), want)
     assert peak(model, lambda: square(fitted(x))) <= 0.7 * plain
+
+
+def test_no_plan_recomputes_across_couplings_that_are_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, _, learnt = learnt_step("bridged", monkeypatch)
+    planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
+    step = next(iter(InvertedSteps(planner, learnt)))
+    needs, everything = step.planner.needs, step.planner.plain[0]
+    barred = frozenset(v for v in needs.keepable if needs.tape.made_by[v] in needs.barred)
+    assert step.can_follow(everything)
+    assert not step.can_follow(replace(everything, kept=barred))

@@ -341,7 +341,7 @@ FIRST = {
     "r(2+1)d": 0.76, "unet2d": 0.45, "pointnet": 0.62, "graph": 0.55, "translator": 0.5,
 }  # fmt: skip
 # Parts of the budget that later steps take, as sizes depend on data, layers are left out; or it is not foreseen.
-OVER = {"faster r-cnn": 1.002, "bart": 1.03, "unet2d": 1.05}
+OVER = {"faster r-cnn": 1.002, "bart": 1.03}
 
 
 def trained(made: Made, memory: Any = None) -> Training:
