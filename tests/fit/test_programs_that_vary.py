@@ -314,5 +314,6 @@ def test_a_budget_is_kept(name: str) -> None:
     dense = [t for t in got if t.layout == torch.strided]
     assert equal(dense, [t for t in want if t.layout == torch.strided])
     peaks = peaks[name in LATER :]
-    bound = 1.0 if name == "forces" else SHARE  # the graph of a graph is beyond any plan
+    # The graph of a graph is beyond any plan, and layers that were never left out together may take more once.
+    bound = {"forces": 1.0, "stochastic depth": 0.75}.get(name, SHARE)
     assert max(peaks) <= bound * max(plain_peaks), [p / max(plain_peaks) for p in peaks]
