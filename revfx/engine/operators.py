@@ -33,10 +33,9 @@ def is_writer(func: Any) -> bool:
     return is_overload(func) and is_mutating(func) and func not in STATISTICS
 
 
-@cache
 def changes_versions(func: Any) -> bool:
     """Return whether version counters change as an operator returns: it writes, or a view takes over its base's."""
-    return is_writer(func) or (is_overload(func) and may_alias(func))
+    return is_overload(func) and (is_writer(func) or may_alias(func))
 
 
 @cache
