@@ -285,6 +285,7 @@ class StepRecorder:
             handle.remove()
         self._handles = []
         tape = self.tape
+        self._find_outside()
         self._end_gradients()
         for m in tape.allocations:
             if m.returned and not m.is_outside and m.born < tape.backward_start:
@@ -293,6 +294,12 @@ class StepRecorder:
         is_kept = any(p.read_at is not None and p.end is None for p in tape.saved)
         if finished is not None and not is_kept:  # the graph, for another backward
             finished(self)
+
+    def _find_outside(self) -> None:
+        """Tell memory that was there before from what the backward made: buckets of gradients are first seen there."""
+        for m in self.tape.allocations:
+            if m.end is None and self.tape.made_by[m.values[0]] is None:
+                m.is_outside = True
 
     def _end_gradients(self) -> None:
         """Have gradients that the step is the first to make end when they are added: later ones find them there."""

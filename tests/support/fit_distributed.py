@@ -95,9 +95,10 @@ def _compared(name: str, place: Place, x: Tensor) -> dict[str, Any]:
         model: Any = make()
         got, peak = _trained(model, x)
         inner = model if hasattr(model, "revfx") else model.module
-        plan = fit_of(inner).plans[0].chosen.plan
+        kind = fit_of(inner).plans[0]
+        plan = kind.chosen.plan
         same = len(got) == len(plain) and all(map(torch.equal, got, plain))
-        found[order] = same, peak / most, len(plan.dropped)
+        found[order] = same, peak / most, kind.summary.plain / most, len(plan.dropped)
     return found
 
 
