@@ -87,6 +87,10 @@ class _Generator:
         for name, a in op.kwargs.items():
             self._argument(f"kwargs[{name!r}]", a)
         self._results(op)
+        for first, slot in self.unit.rewritten(i):
+            self.after.append(f"again = made[{first}]()")
+            self.after.append("if again is None: return False")
+            self.after.append(f"match.held[{slot}] = alias(again)")
         if self.before:
             self.lines += [f"def before_{i}(match, args, kwargs):", *(f"    {line}" for line in self.before)]
         self.lines.append(f"def after_{i}(match, args, kwargs, out):")

@@ -298,11 +298,11 @@ def _compiled_unit(module: Any, unit: Unit) -> Any:
     """Return a unit for the extension; None if the native watcher can't see or compare one of its operators."""
     compiled = module.Unit(unit.slots, unit.numbers, drops(unit), unit.renamed, [*unit.read])
     generator = _Describer(unit)
-    for op in unit.ops:
+    for number, op in enumerate(unit.ops):
         if not is_overload(op.func):
             return None
         try:
-            compiled.add(*generator.describe(op))
+            compiled.add(*generator.describe(op), unit.rewritten(number))
         except (RuntimeError, TypeError, ValueError) as e:
             LOG.info("The native watcher leaves out %s: %s", unit, e)
             return None

@@ -198,6 +198,10 @@ class Unit:
                 now = then
         return now
 
+    def rewritten(self, number: int) -> list[tuple[int, int]]:
+        """Return the held slots that results have once an operator has written to them, each after the first slot."""
+        return [(first, slot) for writer, first, slot in self.renamed if writer == number and slot in self.held]
+
     def __str__(self) -> str:
         first, last = self.where
         return first if first == last else f"{first} .. {last}"

@@ -66,6 +66,7 @@ struct Operator {
   bool is_single;               // it returns one tensor and no sequence
   bool draws;                   // the random state is noted before it
   std::vector<int64_t> cloned;  // external slots to copy before it
+  std::vector<std::pair<int64_t, int64_t>> rewritten;  // results to hold after it: the first slot, and the slot now
 };
 
 // Return the type of an argument's values other than None.
@@ -106,9 +107,10 @@ struct Unit {
   }
 
   void add(const std::string& name, const std::string& overload, const py::list& arguments, const py::list& results,
-           bool is_single, bool draws, std::vector<int64_t> cloned) {
+           bool is_single, bool draws, std::vector<int64_t> cloned,
+           std::vector<std::pair<int64_t, int64_t>> rewritten) {
     auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-    operators.push_back({handle, {}, {}, is_single, draws, std::move(cloned)});
+    operators.push_back({handle, {}, {}, is_single, draws, std::move(cloned), std::move(rewritten)});
     const auto& expected = handle.schema().arguments();
     TORCH_CHECK(expected.size() == arguments.size(), name, " has other arguments");
     for (size_t i = 0; i < expected.size(); i++)
@@ -393,6 +395,11 @@ struct Match {
     if (!op.results.empty() && results.size() != op.results.size()) return false;
     for (size_t i = 0; i < op.results.size(); i++)
       if (op.results[i].kind != Result::IGNORED && !take_result(op.results[i], results[i])) return false;
+    for (const auto& [first, slot] : op.rewritten) {
+      Tensor t(made[first].lock());
+      if (!t.defined()) return false;
+      hold(held, slot, t, Result::ALIAS);
+    }
     return true;
   }
 

@@ -59,6 +59,7 @@ class Grouping:
         self.plan, self.tape, self.learnt = plan, learnt.tape, learnt
         self.block_of = self._blocks()
         self.after = {known.before: v for v, known in enumerate(self.tape.values) if known.before is not None}
+        self.rewritten = self._rewritten()
 
     def run(self) -> list[Dropped]:
         """Return the dropped values of each run, in the order of the operators."""
@@ -135,6 +136,15 @@ class Grouping:
             found.append(block)
         return found
 
+    def _rewritten(self) -> dict[int, list[int]]:
+        """Return the values that tensors have after writes to their memory by other views, by the writing operator."""
+        found: dict[int, list[int]] = {}
+        for v in self.after.values():
+            op = self.tape.values[v].op
+            if op is not None and v not in self.tape.ops[op].outs and not self.tape.is_outside(v):
+                found.setdefault(op, []).append(v)
+        return found
+
     def _block(self, value: int) -> int | None:
         """Return the block of the operator that makes a value; None if it is older than the step."""
         op = self.tape.values[value].op
@@ -185,8 +195,9 @@ class Grouping:
     def _kept(self, first: int, last: int) -> frozenset[int]:
         """Return the values that operators first..last make and the backward finds."""
         found: set[int] = set()
-        for op in self.tape.ops[first : last + 1]:
+        for number, op in enumerate(self.tape.ops[first : last + 1], first):
             made = [v for v in op.outs if v is not None] + [after for _, after in op.written]
+            made += self.rewritten.get(number, ())
             found.update(v for v in made if self._is_there(v))
         return frozenset(found)
 

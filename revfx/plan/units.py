@@ -62,7 +62,7 @@ class UnitBuilder:
         entry = tuple(s for s in self._slots_of(span.entry) if s in external)
         kept = frozenset(self._slots_of(span.kept.intersection(span.entry)))
         not_computed = filter(self._must_be_held, self.made - span.kept)
-        held = frozenset(self._slots_of((*span.kept & self.made, *not_computed)))
+        held = frozenset(self._slots_of((*filter(self._is_own, span.kept), *not_computed)))
         given = (external - ({*entry} - kept)) | held
 
         forward, backward = self._replays(ops, memory, {*given, *entry}, {*given, *self._slots_of(span.given)})
@@ -156,6 +156,10 @@ class UnitBuilder:
             if value not in self.made and not self._is_reread(value):
                 self.external.append(slot)
         return slot
+
+    def _is_own(self, value: int) -> bool:
+        """Return whether a value is one that the unit makes, or that its writes leave."""
+        return value in self.made or (value in self.slots and self._is_reread(value))
 
     def _is_reread(self, value: int) -> bool:
         """Return whether a value is a tensor that the unit made, after a write to its memory by another view."""
@@ -255,7 +259,7 @@ class UnitBuilder:
         start, stop = bisect_left(saved, (span.first,)), bisect_left(saved, (span.last + 2,))
         found: list[int] = []
         for _, v in saved[start:stop]:
-            if v in self.slots and (v in self.made or v in span.entry or self._is_reread(v)):
+            if v in self.slots and (v in span.entry or self._is_own(v)):
                 found.append(self.slots[v])
         return list(dict.fromkeys(found))
 

@@ -81,7 +81,29 @@ class Transposing(nn.Module):
         return x
 
 
-CHAINS = {"additive": partial(Chain, False), "affine": partial(Chain, True), "bridged": partial(Bridged, False)}
+class Filling(nn.Module):
+    """A tensor that is filled part by part, as DeepSeek-V3 joins the two parts of its keys."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(128, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            before = self.layer(torch.cat((x, x), 1)).sigmoid()
+            whole = x.new_empty(len(x), 128)
+            whole[:, :64].copy_(x.sin())
+            whole[:, 64:].copy_(before)
+            x = self.layer((whole * whole).exp().sin()) * before.tanh()
+        return x
+
+
+CHAINS = {
+    "additive": partial(Chain, False),
+    "affine": partial(Chain, True),
+    "bridged": partial(Bridged, False),
+    "filling": Filling,
+}
 
 
 def chain(name: str) -> Any:
@@ -243,3 +265,24 @@ def test_no_plan_recomputes_across_couplings_that_are_inverted(monkeypatch: pyte
     barred = frozenset(v for v in needs.keepable if needs.tape.made_by[v] in needs.barred)
     assert step.can_follow(everything)
     assert not step.can_follow(replace(everything, kept=barred))
+
+
+@pytest.mark.parametrize("watcher", ["native", "python"])
+def test_tensors_that_are_filled_part_by_part_can_be_kept(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.CHOICE, watcher)
+    (model, args, loss), fitted, kind, learnt = learnt_step("filling", monkeypatch)
+    want = state(model, lambda: loss(model(*args)))
+    assert kind.chosen is not None
+    plan, values = kind.chosen.plan, learnt.tape.values
+    needs = plan.needs
+    numbers = {known: v for v, known in learnt.value_of.items()}
+    filled = frozenset(v for v in needs.keepable if values[numbers[v]].writes == 2)
+    assert len(filled) == 4
+    drawn = replace(
+        plan, kept=filled, compressed=frozenset(), dropout_masks=frozenset(), block_of=[0] * len(plan.block_of)
+    )
+    foreseen = kind.chosen.model.load(drawn).peak
+    install(kind, learnt, drawn)
+    assert equal(state(model, lambda: loss(fitted(*args))), want)
+    assert not kind.plan.reasons
+    assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
