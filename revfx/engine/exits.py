@@ -12,6 +12,9 @@ from revfx.engine.call import UnitCall
 from revfx.engine.checkers import is_alias
 
 
+ExitKey = int | tuple[int, torch.Size]  # the id of a tensor, or its address and shape
+
+
 class Exit(NamedTuple):
     """A tensor of the exit of a call, with its slot, and how often it had been written to.
 

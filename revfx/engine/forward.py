@@ -19,7 +19,7 @@ from revfx.engine import dispatch
 from revfx.engine.backward import Pass
 from revfx.engine.bit_mask import nonzero_mask, positive_mask
 from revfx.engine.call import Loan, UnitCall, copy_held, memory_of
-from revfx.engine.exits import Exit, place_of
+from revfx.engine.exits import Exit, ExitKey, place_of
 from revfx.engine.fingerprints import fingerprint, is_fingerprinted
 from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
@@ -63,8 +63,8 @@ class Forward:
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
         self._calls: list[UnitCall] = []
         self._holders: dict[int, list[UnitCall]] = {}  # by storage: the calls that hold tensors in it
-        self._exits: dict[int, Exit] = {}  # by the id of a tensor, and by its address
-        self._latest_exits: list[int] = []  # the keys there of the latest call
+        self._exits: dict[ExitKey, Exit] = {}  # by the id of a tensor, and by its address and shape
+        self._latest_exits: list[ExitKey] = []  # the keys there of the latest call
 
     @property
     def expected(self) -> UnitPlan | None:
@@ -136,7 +136,7 @@ class Forward:
         if known is not None and known.tensor() is t:
             return known if known.version == (_torch.version(t) if version is None else version) else None
         if self._exits and t.layout == torch.strided and _torch.is_plain(t):
-            known = self._exits.get(address(t) or 0)
+            known = self._exits.get((address(t) or 0, t.shape))
             if known is not None and known.shows(t):
                 exit = known.tensor()
                 return known if known.version in (_torch.version(t if exit is None else exit), version) else None
@@ -228,7 +228,7 @@ class Forward:
             self._encode(matched, call, match, site)
         if unit.dropout_masks:
             self._compress_dropout_masks(call, match)
-        exits = match.exits(unit.exit)
+        exits = match.exits(unit.exit, unit.exit_before_writes)
         if not unit.gives_exit:
             call.exits = {held.slot: (held.alias, held.version) for held in exits}
         # Prove the first call of each kind before anything is dropped.
@@ -339,8 +339,9 @@ class Forward:
             self._exits[id(held.tensor)] = exit
             self._latest_exits.append(id(held.tensor))
             if held.address is not None:
-                self._exits[held.address] = exit
-                self._latest_exits.append(held.address)
+                place = held.address, held.tensor.shape  # the first part of a tensor has its address
+                self._exits[place] = exit
+                self._latest_exits.append(place)
                 self.addresses.append(held.address)
 
     def _drop(self, call: UnitCall, match: Match) -> None:

@@ -139,11 +139,14 @@ class Match:
         memory = {memory_of(t) for slot, t in given.items() if slot not in trained}
         return given, {slot: _torch.version(t) for slot, t in given.items()}, {m for m in memory if m is not None}
 
-    def exits(self, slots: Sequence[int]) -> list[HeldTensor]:
-        """Return the tensors of the exit."""
+    def exits(self, slots: Sequence[int], first_slots: Sequence[int]) -> list[HeldTensor]:
+        """Return the tensors of the exit, given their slots and those that they had before all writes."""
         found: list[HeldTensor] = []
-        for slot in slots:
-            t = self.tensor(slot)
+        for slot, first in zip(slots, first_slots, strict=True):
+            reference = self.made[first]
+            t = None if reference is None else reference()
+            if t is None:
+                t = self.tensor(slot)
             assert t is not None  # as it is held until here
             at = address(t) if t.layout == torch.strided else None
             found.append(HeldTensor(slot, t, dispatch.alias(t), _torch.version(t), at, memory_of(t)))

@@ -145,6 +145,7 @@ class Unit:
     droppable: frozenset[int] = field(init=False)
     given: frozenset[int] = field(init=False)
     alive: frozenset[int] = field(init=False)
+    exit_before_writes: tuple[int, ...] = field(init=False)
     read_forwards: tuple[int, ...] = field(init=False)
     read_backwards: tuple[int, ...] = field(init=False)
     read: frozenset[int] = field(init=False)
@@ -155,7 +156,7 @@ class Unit:
         `stages`: the replays forwards; `last_reader`: by slot, the last stage that reads the result of an earlier one;
         `last_loan`: by slot of the entry, the last stage that reads it; `lends`: slots of the exit that others borrow;
         `droppable`: slots of saved tensors that the replays give back; `given`: external slots that a call holds;
-        `alive`: slots of tensors that stay until the unit ends.
+        `alive`: slots of tensors that stay until the unit ends; `exit_before_writes`: the first slots of the exit.
         """
         stages = (self.forward, *self.later)
         object.__setattr__(self, "stages", stages)
@@ -184,6 +185,7 @@ class Unit:
         alive.update(self.exit)
         alive.update(slot for slot, _ in self.facts)
         object.__setattr__(self, "alive", frozenset(alive))
+        object.__setattr__(self, "exit_before_writes", tuple([self.same.get(slot, slot) for slot in self.exit]))
         backwards = self.held | self.given
         object.__setattr__(self, "read_backwards", tuple(backwards))
         object.__setattr__(self, "read_forwards", tuple(backwards.union(self.entry)))
@@ -199,8 +201,12 @@ class Unit:
         return now
 
     def rewritten(self, number: int) -> list[tuple[int, int]]:
-        """Return the held slots that results have once an operator has written to them, each after the first slot."""
-        return [(first, slot) for writer, first, slot in self.renamed if writer == number and slot in self.held]
+        """Return slots of results, from an operator on that writes to them, that calls hold or that are in the exit.
+
+        Each comes after the first slot of the same tensor.
+        """
+        read = self.held.union(self.exit)
+        return [(first, slot) for writer, first, slot in self.renamed if writer == number and slot in read]
 
     def __str__(self) -> str:
         first, last = self.where

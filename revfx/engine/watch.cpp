@@ -81,10 +81,12 @@ struct PythonMatch {
     return py::make_tuple(given, versions, memory);
   }
 
-  py::list exits(const std::vector<int64_t>& slots) const {
+  py::list exits(const std::vector<int64_t>& slots, const std::vector<int64_t>& first_slots) const {
     py::list found;
-    for (int64_t slot : slots) {
-      py::object object = tensor(slot);
+    for (size_t i = 0; i < slots.size(); i++) {
+      int64_t slot = slots[i];
+      py::object object = py::cast(Tensor(match.made[first_slots[i]].lock()));
+      if (object.is_none()) object = tensor(slot);
       auto t = object.cast<Tensor>();
       py::object at = is_strided(t) ? py::object(number_of(t.const_data_ptr())) : py::none();
       py::object memory = memory_of(t) ? py::object(number_of(memory_of(t))) : py::none();

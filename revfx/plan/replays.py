@@ -141,12 +141,10 @@ class ReplayBuilder:
     # --- order
     def outline(self) -> tuple[set[int], set[int]]:
         """Return the slots that the replay makes, and those that it reads."""
-        made: set[int] = set()
-        read = {*self.wanted}
-        for number in self._order():
-            made.update(self._made_by(self.actions[number]))
+        needed, read = dict.fromkeys(self._order()), {*self.wanted}
+        for number in needed:
             read.update(self._read_by(self.actions[number]))
-        return made, read
+        return {slot for slot, number in self.maker.items() if number in needed}, read
 
     def _made_by(self, action: Action) -> list[int]:
         if isinstance(action, Inversion):

@@ -55,6 +55,9 @@ class UnitBuilder:
         # Operators and tensors get numbers of the unit, so that equal units of other layers can share it.
         span, tape = self.span, self.tape
         ops = [self._op(tape.ops[i], i in span.inverted) for i in span.ops]
+        for v in (*span.exit, *span.kept):
+            if v not in self.slots and self._is_reread(v):  # by later units only
+                self._slot(v)
         exit = self._slots_of(span.exit)  # other values of the exit pass by the unit
         external, memory = frozenset(self.external), self._memory()
 
@@ -68,9 +71,10 @@ class UnitBuilder:
         forward, backward = self._replays(ops, memory, {*given, *entry}, {*given, *self._slots_of(span.given)})
         replays = [*forward, *backward, *self.loan_replays]
 
-        # Codes and exits are bound to tensors by slot, which a write by another view would change.
+        # Codes and exits are bound to tensors by slot, which writes by other views change, but for the last.
         same = first_slots(ops, memory)
-        read = {*exit}
+        renamed = sorted((memory.writer[s], same[s], s) for s in same.keys() - external)
+        read = {*exit}.difference({first: slot for _, first, slot in renamed}.values())
         for coded in self.coded:
             read.update((coded.head, *coded.tail))
         if not read.isdisjoint(same):
@@ -92,7 +96,7 @@ class UnitBuilder:
             layouts=_inputs_of(replays, "layout"),
             workspaces=frozenset(s for v, s in self.slots.items() if is_workspace(tape, v)),
             same=same,
-            renamed=tuple(sorted((memory.writer[s], same[s], s) for s in same.keys() - external)),
+            renamed=tuple(renamed),
             shapes=self.shapes,
             facts=tuple(sorted(self.facts, key=repr)),
             forward=forward[0],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -28,6 +29,7 @@ from revfx.fit.make_units import units_of
 from revfx.fit.needs import Needs
 from revfx.fit.planner import Planner
 from revfx.fit.survey import NOTHING
+from revfx.testing import measure_memory
 
 
 PLANS = 4  # of each model
@@ -98,11 +100,26 @@ class Filling(nn.Module):
         return x
 
 
+class Splitting(nn.Module):
+    """Parts of activations that are written in place, as in CSP networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 128) for _ in range(6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            b, a = nn.functional.leaky_relu_(layer(x)).split(64, 1)
+            x = a.sin() * b.tanh()
+        return x
+
+
 CHAINS = {
     "additive": partial(Chain, False),
     "affine": partial(Chain, True),
     "bridged": partial(Bridged, False),
     "filling": Filling,
+    "splitting": Splitting,
 }
 
 
@@ -160,7 +177,7 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, 
 
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
-@pytest.mark.parametrize("name", deep_but(["relu", "encoder", "in place", "lstm", "gru", "unet"], MODELS))
+@pytest.mark.parametrize("name", [*deep_but(["relu", "encoder", "in place", "lstm", "gru", "unet"], MODELS), "filling"])
 def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     monkeypatch.setenv(native.CHOICE, watcher)
     (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
@@ -265,6 +282,24 @@ def test_no_plan_recomputes_across_couplings_that_are_inverted(monkeypatch: pyte
     barred = frozenset(v for v in needs.keepable if needs.tape.made_by[v] in needs.barred)
     assert step.can_follow(everything)
     assert not step.can_follow(replace(everything, kept=barred))
+
+
+@pytest.mark.parametrize("watcher", ["native", "python"])
+def test_a_tensor_is_told_from_its_first_part(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks end with both, later ones recompute from them, and the forward leaves little but its output."""
+    monkeypatch.setenv(native.CHOICE, watcher)
+    (model, args, loss), fitted, kind, learnt = learnt_step("splitting", monkeypatch)
+    want = state(model, lambda: loss(model(*args)))
+    assert kind.chosen is not None
+    plan = kind.chosen.plan
+    tape = plan.needs.tape
+    activations = [o for o, op in enumerate(tape.ops) if op.func is torch.ops.aten.leaky_relu_.default]
+    kept = frozenset(v for v in plan.needs.keepable if tape.made_by[v] is None)
+    block_of = [bisect_left(activations, o) for o in range(tape.backward_start)]
+    drawn = replace(plan, kept=kept, compressed=frozenset(), dropout_masks=frozenset(), block_of=block_of)
+    install(kind, learnt, drawn)
+    assert equal(state(model, lambda: loss(fitted(*args))), want)
+    assert measure_memory(partial(_step, fitted, args, loss)).kept <= 2 * args[0].nbytes
 
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
