@@ -201,9 +201,9 @@ class Unit:
         return now
 
     def rewritten(self, number: int) -> list[tuple[int, int]]:
-        """Return slots of results, from an operator on that writes to them, that calls hold or that are in the exit.
+        """Return the results that an operator writes to by another view, if they are held or in the exit.
 
-        Each comes after the first slot of the same tensor.
+        Pairs of the first slot of the tensor, and of its slot from then on.
         """
         read = self.held.union(self.exit)
         return [(first, slot) for writer, first, slot in self.renamed if writer == number and slot in read]

@@ -55,7 +55,7 @@ class UnitBuilder:
         # Operators and tensors get numbers of the unit, so that equal units of other layers can share it.
         span, tape = self.span, self.tape
         ops = [self._op(tape.ops[i], i in span.inverted) for i in span.ops]
-        for v in (*span.exit, *span.kept):
+        for v in sorted({*span.exit, *span.kept}):
             if v not in self.slots and self._is_reread(v):  # by later units only
                 self._slot(v)
         exit = self._slots_of(span.exit)  # other values of the exit pass by the unit
