@@ -123,6 +123,11 @@ def has_modes() -> bool:
     return any(getattr(mode, "_mode_key", None) is None for mode in stack)
 
 
+def innermost_mode() -> TorchDispatchMode | None:
+    """Return the innermost dispatch mode that is on."""
+    return next(reversed(_python_dispatch._get_current_dispatch_mode_stack()), None)
+
+
 @cache
 def is_wrapper(kind: type) -> bool:
     """Return whether tensors of a class are made of others, which it tells."""
@@ -170,6 +175,13 @@ def hooks_that_look_on(pack: Callable[[Tensor], Any], unpack: Callable[[Any], Te
 def hooks_around() -> Any:
     """Return the innermost saved-tensor hooks that are set, as a pair; None if there are none."""
     return _C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def has_innermost_hooks(owner: Any) -> bool:
+    """Return whether the innermost saved-tensor hooks are methods of an object, and are not disabled."""
+    top = hooks_around()
+    is_own = top is not None and getattr(top[0], "__self__", None) is owner
+    return is_own and _C._autograd._saved_tensors_hooks_is_enabled()
 
 
 class HookedMode(TorchDispatchMode):

@@ -156,6 +156,9 @@ class Watcher : public Observer {
     choose_hooks();
   }
 
+  // Let no unit begin any more; what earlier ones hold is still protected from writes.
+  void stop() { has_stopped_ = true; }
+
   void exit() override {
     Observer::exit();
     running_.clear();
@@ -305,7 +308,7 @@ class Watcher : public Observer {
   // Return the units that may begin with an operator: the expected one, others if it is not running.
   std::vector<size_t> candidates(const OperatorHandle& op) {
     auto known = plan_->starts.find(op);
-    if (known == plan_->starts.end()) return {};
+    if (has_stopped_ || known == plan_->starts.end()) return {};
     bool begins = std::count(known->second.begin(), known->second.end(), expected_) > 0;
     if (expected_at_ >= 0 && !is_off_path_) {
       if (number_ < expected_at_ || begins) return of_ways(known->second);
@@ -429,6 +432,7 @@ class Watcher : public Observer {
   int64_t number_ = -1;        // of the operator that runs
   int64_t expected_at_ = -1;   // the number of the operator at which that unit begins; -1 of any
   int64_t following_ = 0;      // the number of the operator with which units may begin
+  bool has_stopped_ = false;
   bool is_off_path_ = false;   // the forward is like none that was learnt: units may begin anywhere
   bool has_varied_ = false;    // of the plan
   size_t depth_ = 0;  // how many hooks for saved tensors are set, with those of this watcher
@@ -515,6 +519,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<Watcher, Observer, std::shared_ptr<Watcher>>(m, "Watcher", py::module_local())
       .def(py::init<std::shared_ptr<Plan>, py::object, py::object, py::object, py::object>())
       .def("begin", &Watcher::begin)
+      .def("stop", &Watcher::stop)
       .def("pack", &Watcher::pack)
       .attr("looks_on") = true;  // see `dispatch.hooks_that_look_on`
 }

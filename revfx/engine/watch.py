@@ -35,6 +35,7 @@ class Watching(HookedMode):
         self.active: list[Match] = []
         self.number = -1  # of the operator that runs
         self.is_off_path = False  # the forward has left all recorded paths: units may begin anywhere
+        self.has_stopped = False  # no unit begins any more
         self._pending: list[SavedTensor] = []  # of the compiled part that runs
         self.set_hooks(self._pack, lambda saved: saved.get())
 
@@ -42,6 +43,14 @@ class Watching(HookedMode):
         super().__exit__(*error)
         self.active = []
         self.forward.end()
+
+    def is_innermost(self) -> bool:
+        """Return whether no other code has set saved-tensor hooks or dispatch modes inside."""
+        return dispatch.has_innermost_hooks(self) and dispatch.innermost_mode() is self
+
+    def stop(self) -> None:
+        """Let no unit begin any more; what earlier ones hold is still protected from writes."""
+        self.has_stopped = True
 
     @_torch.never_compiled
     def _pack(self, t: Tensor) -> SavedTensor | SavedWrapper:
@@ -136,7 +145,7 @@ class Watching(HookedMode):
 
     def _starting(self, func: Any) -> list[UnitPlan]:
         """Return the units that may begin with an operator: the expected one, others if it is not running."""
-        candidates = self.plan.starts.get(func, [])
+        candidates = [] if self.has_stopped else self.plan.starts.get(func, [])
         expected, at = self.forward.expected, self.forward.expected_at
         if candidates and at >= 0 and not self.is_off_path:
             if self.number < at or (self.number == at and expected in candidates):

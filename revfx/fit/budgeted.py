@@ -53,6 +53,7 @@ from revfx.fit.step_recorder import StepRecorder
 from revfx.fit.summary import summarize
 from revfx.fit.survey import Chosen, Survey
 from revfx.fit.tape import is_same_but_for_sizes
+from revfx.fit.unknown_ways import UnknownWay
 from revfx.info import BudgetPlan
 from revfx.modes import runs_plain, sees_the_engine
 from revfx.parts import part_observer, parts_of
@@ -192,7 +193,8 @@ class BudgetedModel:
         backward_pass = watching.forward.backward_pass
         backward_pass.ended = partial(self._end_step, key, meter)
         self._note_forward(backward_pass)
-        with watching, self._seeing_parts(watching):
+        unknown = UnknownWay(model, tensors_in((args, kwargs)), watching)
+        with watching, self._seeing_parts(watching), contextlib.nullcontext() if self.has_parts else unknown:
             out = forward(*args, **kwargs)
             ends = tensors_in((args, kwargs, out))
             if plan.copies_ends:
@@ -200,7 +202,7 @@ class BudgetedModel:
         kind.ends = dispatch.version_counters(ends)
         if sizes_of(args, kwargs) == key[2]:  # a smaller call may be shorter
             path, matched = watching.forward.path, watching.forward.count
-            if 2 * matched < path.most and not self.has_warned:
+            if 2 * matched < path.most and not (self.has_warned or unknown.has_dropped):
                 self.has_warned = True
                 warn_of_ways(name_of(model), self.budget)
             kind.judge(path, matched)

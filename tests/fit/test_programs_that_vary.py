@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import torch
 from fit_models import Residual, branch, equal, quick_search as quick_search
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules import module as module_hooks
 
 import revfx
+from revfx.engine.dispatch import hooks_around
 from revfx.testing import measure_memory
 
 
@@ -87,6 +90,20 @@ class Indexing(Residual):
             gate = x[:, self.config["column"], None].sigmoid()
             x = x + (layer(x) * gate * float(self.config["scale"])).tanh()
         return x
+
+
+class Caching(nn.Module):
+    """A block that computes its positions when it is first called, as ConViT's do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.positions: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.positions is None:
+            self.positions = torch.arange(x.shape[1]).flip(0) + 0
+        return self.inner(x.index_select(1, self.positions).tanh())
 
 
 class Dropping(Residual):
@@ -257,6 +274,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "iterators": lambda: (Iterating(*layers()), plain_loss),
     "an index": lambda: (Indexing(*layers()), plain_loss),
     "stochastic depth": lambda: (Dropping(*layers(8)), plain_loss),
+    "caches": lambda: (Residual(*map(Caching, layers(8))), plain_loss),
     "autocast inside": lambda: (Casting(*layers()), plain_loss),
     "autocast as a decorator": lambda: (Decorated(*layers()), _with_the_backward),
     "raw memory": lambda: (Raw(*layers()), plain_loss),
@@ -317,3 +335,39 @@ def test_a_budget_is_kept(name: str) -> None:
     # The graph of a graph is beyond any plan, and layers that were never left out together may take more once.
     bound = {"forces": 1.0, "stochastic depth": 0.75}.get(name, SHARE)
     assert max(peaks) <= bound * max(plain_peaks), [p / max(plain_peaks) for p in peaks]
+
+
+class Offloading(Residual):
+    """Saved-tensor hooks of the model's own around each block, but for the first forward."""
+
+    is_first = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        around = contextlib.nullcontext() if self.is_first else torch.autograd.graph.saved_tensors_hooks(_copied, _same)
+        self.is_first = False
+        for layer in self.layers:
+            with around:
+                x = x + layer(x)
+            assert hooks_around() is None or hooks_around()[0] is not _copied
+        return x
+
+
+def _copied(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def _same(t: Tensor) -> Tensor:
+    return t
+
+
+@pytest.mark.filterwarnings("ignore::revfx.BudgetWarning")
+@pytest.mark.parametrize("kind", [Residual, Offloading])
+def test_an_unknown_way_leaves_no_hooks(kind: type[Residual]) -> None:
+    torch.manual_seed(0)
+    plain = kind(*map(Caching, layers(8)))
+    model = copy.deepcopy(plain)
+    want, _ = trained(plain, plain, plain_loss)
+    got, _ = trained(model, revfx.convert(model, memory=SHARE), plain_loss)
+    assert equal(got, want)
+    assert not vars(module_hooks)["_global_forward_pre_hooks"]
+    assert hooks_around() is None

@@ -1,0 +1,73 @@
+"""The first forward of an unknown way: block by block, like the first forward of a kind."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from revfx import _torch
+from revfx.engine.native import NativeWatching, learner
+from revfx.engine.watch import Watching
+from revfx.plan.blocks import BlockLearning, block_paths
+
+
+class UnknownWay:
+    """Drop saved tensors block by block once a watched forward has left all ways that were learnt.
+
+    Blocks like those that were learnt are units, which are cheaper. So this begins when a block has passed in which no
+    unit matched; with the call of the next one, as a dispatch mode can't be turned on while an operator runs.
+
+    Args:
+        model: the model, in whose lists of modules the blocks are.
+        inputs: the tensors that the forward is given.
+        watching: the watcher, which goes on to protect what earlier units hold.
+    """
+
+    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], watching: Watching | NativeWatching) -> None:
+        self._model, self._inputs, self._watching = model, inputs, watching
+        self._thread = threading.get_ident()
+        self._hook: Any = None
+        self._blocks = frozenset[int]()  # ids of their modules
+        self._matched: int | None = None  # units, when the last block began
+        self._learning: BlockLearning | None = None
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether it has dropped saved tensors."""
+        return self._learning is not None and bool(self._learning.proven)
+
+    def __enter__(self) -> None:
+        self._watching.forward.left = self._wait
+
+    def __exit__(self, *error: Any) -> None:
+        self._watching.forward.left = None
+        self._stop_waiting()
+        if self._learning is not None:
+            self._learning.__exit__(*error)
+
+    def _wait(self) -> None:
+        if self._hook is None and self._learning is None:
+            paths = {*block_paths(self._model).values()}
+            self._blocks = frozenset([id(module) for path, module in self._model.named_modules() if path in paths])
+            self._hook = register_module_forward_pre_hook(self._begin)
+
+    def _stop_waiting(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @_torch.never_compiled
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        if threading.get_ident() != self._thread or self._hook is None or id(module) not in self._blocks:
+            return
+        before, self._matched = self._matched, self._watching.forward.count
+        if before != self._matched or not self._watching.is_innermost():  # contexts close from the inside out
+            return
+        self._stop_waiting()
+        self._watching.stop()
+        self._learning = learner(BlockLearning)(self._model, self._inputs)
+        self._learning.__enter__()
