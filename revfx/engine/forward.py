@@ -50,7 +50,7 @@ class Forward:
         coded_bytes: bytes of the codes.
         unsettled: a call whose last operator has not returned, and then changes version counters.
         addresses: the addresses of the exits of the latest call.
-        left: called when the forward has left all paths.
+        has_left: whether the forward has left all paths; `leaving` is called then.
         kept_cuts: by chain, the number of entries and exits of units that are held.
         path: the path that the forward follows so far.
         others: paths that it may switch to.
@@ -60,7 +60,8 @@ class Forward:
         self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
         self.path, self.others = plan.path, [*plan.others]
         self.unsettled: UnitCall | None = None
-        self.left: Callable[[], None] | None = None
+        self.has_left = False
+        self.leaving: Callable[[], None] | None = None
         self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
         self._calls: list[UnitCall] = []
@@ -99,8 +100,9 @@ class Forward:
             self.position = bisect_left(self.path.firsts, number)
             if self.expected is not None:
                 return True
-        if self.left is not None:
-            self.left()
+        self.has_left = True
+        if self.leaving is not None:
+            self.leaving()
         return False
 
     def _switch_to(self, match: Match) -> None:

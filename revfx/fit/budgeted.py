@@ -205,7 +205,7 @@ class BudgetedModel:
             if 2 * matched < path.most and not (self.has_warned or unknown.has_dropped):
                 self.has_warned = True
                 warn_of_ways(name_of(model), self.budget)
-            kind.judge(path, matched)
+            kind.judge(path, matched, watching.forward.has_left)
         return out
 
     def _note_forward(self, forward: Any) -> None:

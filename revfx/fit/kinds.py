@@ -51,12 +51,16 @@ class BudgetKind:
         """The plan of the way that was learnt last."""
         return self.known[0][0] if self.known else None
 
-    def judge(self, path: Path, matched: int) -> None:
-        """Have the kind learnt again if fewer units of a way matched than before."""
+    def judge(self, path: Path, matched: int, has_left: bool) -> None:
+        """Have the kind learnt again if fewer units of a way matched than before.
+
+        Those that match once a forward `has_left` all ways are units of blocks, which do not count for later forwards.
+        """
         self.calls += 1
         if matched < path.most and self.calls > self.wait:
             self.is_due = True
-        path.most = max(path.most, matched)
+        if not has_left:
+            path.most = max(path.most, matched)
 
 
 def sizes_of(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:

@@ -41,10 +41,10 @@ class UnknownWay:
         return self._learning is not None and bool(self._learning.proven)
 
     def __enter__(self) -> None:
-        self._watching.forward.left = self._wait
+        self._watching.forward.leaving = self._wait
 
     def __exit__(self, *error: Any) -> None:
-        self._watching.forward.left = None
+        self._watching.forward.leaving = None  # it holds this object
         self._stop_waiting()
         if self._learning is not None:
             self._learning.__exit__(*error)
