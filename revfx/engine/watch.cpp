@@ -156,7 +156,7 @@ class Watcher : public Observer {
     choose_hooks();
   }
 
-  // Let no unit begin any more; what earlier ones hold is still protected from writes.
+  // Let no unit begin any more; tensors that earlier ones hold are still protected from writes.
   void stop() { has_stopped_ = true; }
 
   void exit() override {

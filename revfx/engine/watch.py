@@ -49,7 +49,7 @@ class Watching(HookedMode):
         return dispatch.has_innermost_hooks(self) and dispatch.innermost_mode() is self
 
     def stop(self) -> None:
-        """Let no unit begin any more; what earlier ones hold is still protected from writes."""
+        """Let no unit begin any more; tensors that earlier ones hold are still protected from writes."""
         self.has_stopped = True
 
     @_torch.never_compiled

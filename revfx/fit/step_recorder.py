@@ -296,7 +296,7 @@ class StepRecorder:
             finished(self)
 
     def _find_outside(self) -> None:
-        """Tell memory that was there before from what the backward made: buckets of gradients are first seen there."""
+        """Mark memory from before the step that the backward sees first, such as buckets of gradients."""
         for m in self.tape.allocations:
             if m.end is None and self.tape.made_by[m.values[0]] is None:
                 m.is_outside = True

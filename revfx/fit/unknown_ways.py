@@ -24,7 +24,7 @@ class UnknownWay:
     Args:
         model: the model, in whose lists of modules the blocks are.
         inputs: the tensors that the forward is given.
-        watching: the watcher, which goes on to protect what earlier units hold.
+        watching: the watcher, which goes on to protect the tensors of earlier units.
     """
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], watching: Watching | NativeWatching) -> None:
