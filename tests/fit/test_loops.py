@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import revfx
 from revfx.engine import native
-from revfx.errors import BudgetWarning, RevfxWarning
+from revfx.errors import RevfxWarning
 
 
 STEPS, SHARE = 5, 0.65
@@ -328,7 +328,7 @@ class TwoWays(Residual):
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
 def test_each_way_of_a_forward_has_a_plan(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first forward of another way is plain; the next ones are learnt, and then both ways have a plan."""
+    """The first forward of another way drops blocks; the next ones are learnt, and then both ways have a plan."""
     monkeypatch.setenv(native.CHOICE, watcher)
     torch.manual_seed(0)
     model = TwoWays(*(Masked() for _ in range(6)))
@@ -350,9 +350,8 @@ def test_each_way_of_a_forward_has_a_plan(watcher: str, monkeypatch: pytest.Monk
     plain_peaks: list[int] = []
     want = trained(model, model, plain_peaks)
     fitted, peaks = revfx.convert(model, memory=0.5), list[int]()
-    with pytest.warns(BudgetWarning, match="other operators than the ones that were planned for"):
-        assert equal(trained(model, fitted, peaks), want)
-    over = [step for step, taken in enumerate(peaks) if taken > 0.5 * max(plain_peaks)]
-    assert over == [1], [taken / max(plain_peaks) for taken in peaks]
+    assert equal(trained(model, fitted, peaks), want)
+    shares = [taken / max(plain_peaks) for taken in peaks]
+    assert max(shares[:1] + shares[2:]) <= 0.5 and shares[1] <= 0.75, shares  # the first blocks of the new way stay
     assert len(fit_of(fitted).plans[0].known) == 2
     assert not fit_of(fitted).plans[0].is_due
