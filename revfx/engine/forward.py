@@ -345,9 +345,9 @@ class Forward:
             self._exits[id(held.tensor)] = exit
             self._latest_exits.append(id(held.tensor))
             if held.address is not None:
-                place = held.address, held.tensor.shape  # the first part of a tensor has its address
-                self._exits[place] = exit
-                self._latest_exits.append(place)
+                key = held.address, held.tensor.shape  # the first part of a tensor has its address
+                self._exits[key] = exit
+                self._latest_exits.append(key)
                 self.addresses.append(held.address)
 
     def _drop(self, call: UnitCall, match: Match) -> None:

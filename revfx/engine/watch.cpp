@@ -432,7 +432,7 @@ class Watcher : public Observer {
   int64_t number_ = -1;        // of the operator that runs
   int64_t expected_at_ = -1;   // the number of the operator at which that unit begins; -1 of any
   int64_t following_ = 0;      // the number of the operator with which units may begin
-  bool has_stopped_ = false;
+  bool has_stopped_ = false;   // no unit begins any more
   bool is_off_path_ = false;   // the forward is like none that was learnt: units may begin anywhere
   bool has_varied_ = false;    // of the plan
   size_t depth_ = 0;  // how many hooks for saved tensors are set, with those of this watcher

@@ -193,8 +193,8 @@ class BudgetedModel:
         backward_pass = watching.forward.backward_pass
         backward_pass.ended = partial(self._end_step, key, meter)
         self._note_forward(backward_pass)
-        unknown = UnknownWay(model, tensors_in((args, kwargs)), watching)
-        with watching, self._seeing_parts(watching), contextlib.nullcontext() if self.has_parts else unknown:
+        unknown = contextlib.nullcontext() if self.has_parts else UnknownWay(model, (args, kwargs), watching)
+        with watching, self._seeing_parts(watching), unknown:
             out = forward(*args, **kwargs)
             ends = tensors_in((args, kwargs, out))
             if plan.copies_ends:
@@ -202,7 +202,7 @@ class BudgetedModel:
         kind.ends = dispatch.version_counters(ends)
         if sizes_of(args, kwargs) == key[2]:  # a smaller call may be shorter
             path, matched = watching.forward.path, watching.forward.count
-            if 2 * matched < path.most and not (self.has_warned or unknown.has_dropped):
+            if 2 * matched < path.most and not self.has_warned:
                 self.has_warned = True
                 warn_of_ways(name_of(model), self.budget)
             kind.judge(path, matched, watching.forward.has_left)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from revfx import _torch
 from revfx.engine.native import NativeWatching, learner
 from revfx.engine.watch import Watching
 from revfx.plan.blocks import BlockLearning, block_paths
+from revfx.plan.model import tensors_in
 
 
 class UnknownWay:
@@ -23,22 +23,17 @@ class UnknownWay:
 
     Args:
         model: the model, in whose lists of modules the blocks are.
-        inputs: the tensors that the forward is given.
+        given: the arguments of the forward.
         watching: the watcher, which goes on to protect the tensors of earlier units.
     """
 
-    def __init__(self, model: nn.Module, inputs: Sequence[Tensor], watching: Watching | NativeWatching) -> None:
-        self._model, self._inputs, self._watching = model, inputs, watching
+    def __init__(self, model: nn.Module, given: Any, watching: Watching | NativeWatching) -> None:
+        self._model, self._given, self._watching = model, given, watching
         self._thread = threading.get_ident()
         self._hook: Any = None
         self._blocks = frozenset[int]()  # ids of their modules
         self._matched: int | None = None  # units, when the last block began
         self._learning: BlockLearning | None = None
-
-    @property
-    def has_dropped(self) -> bool:
-        """Whether it has dropped saved tensors."""
-        return self._learning is not None and bool(self._learning.proven)
 
     def __enter__(self) -> None:
         self._watching.forward.leaving = self._wait
@@ -69,5 +64,5 @@ class UnknownWay:
             return
         self._stop_waiting()
         self._watching.stop()
-        self._learning = learner(BlockLearning)(self._model, self._inputs)
+        self._learning = learner(BlockLearning)(self._model, tensors_in(self._given))
         self._learning.__enter__()

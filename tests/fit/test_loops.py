@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import revfx
 from revfx.engine import native
-from revfx.errors import RevfxWarning
+from revfx.errors import BudgetWarning, RevfxWarning
 
 
 STEPS, SHARE = 5, 0.65
@@ -350,7 +350,8 @@ def test_each_way_of_a_forward_has_a_plan(watcher: str, monkeypatch: pytest.Monk
     plain_peaks: list[int] = []
     want = trained(model, model, plain_peaks)
     fitted, peaks = revfx.convert(model, memory=0.5), list[int]()
-    assert equal(trained(model, fitted, peaks), want)
+    with pytest.warns(BudgetWarning, match="other operators than the ones that were planned for"):
+        assert equal(trained(model, fitted, peaks), want)
     shares = [taken / max(plain_peaks) for taken in peaks]
     assert max(shares[:1] + shares[2:]) <= 0.5 and shares[1] <= 0.75, shares  # the first blocks of the new way stay
     assert len(fit_of(fitted).plans[0].known) == 2
