@@ -112,7 +112,7 @@ class BlockRanges:
 
         def name(o: int, v: int) -> Hashable:
             made = tape.made_by[v]
-            if self.needs.is_there(v):
+            if v in self.needs.there:
                 return "there"
             return v if made is None or o - made > far else (o - made, tape.ops[made].makes.index(v))
 

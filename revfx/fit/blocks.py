@@ -80,7 +80,7 @@ def _free(needs: Needs, seconds: Sequence[float]) -> set[int]:
         if op is None:
             continue
         reads = {s.value for s in op.reads}
-        if all(needs.is_there(v) or v in cost for v in reads):
+        if all(v in needs.there or v in cost for v in reads):
             all_seconds = seconds[o] + sum(cost.get(v, 0.0) for v in reads)
             if all_seconds <= limit:
                 cost.update(dict.fromkeys(tape.ops[o].makes, all_seconds))

@@ -119,7 +119,7 @@ class Relaxation:
             op = needs.replayed[o]
             assert op is not None
             for v in {s.value for s in op.reads}:
-                if not needs.is_there(v) and needs.tape.made_by[v] is not None:
+                if v not in needs.there and needs.tape.made_by[v] is not None:
                     kept = {self.kept[v]: 1.0} if v in self.kept else {}
                     self.rows.append(({run: -1.0} | kept | self._again(v), 0.0))
 

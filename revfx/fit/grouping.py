@@ -155,7 +155,7 @@ class Grouping:
         if self.tape.is_outside(value) or self.tape.values[value].op is None:
             return True
         known = self.learnt.value_of.get(value)
-        return known is None or self.plan.is_base(known)
+        return known is None or known in self.plan.available
 
     def _cone(self, value: int, block: int) -> _Cone:
         """Return the operators of a block that recompute a value."""

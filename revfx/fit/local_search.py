@@ -113,7 +113,7 @@ class LocalSearch:
     def _faster_variants(self, found: SimulatedPlan) -> list[SimulatedPlan]:
         """Return the faster variants within the budget, fastest first; if there are none, one that is made to fit."""
         seconds = found[1].seconds
-        faster = [f for f in self.simulate(variants(found[0])) if f[1].seconds < seconds]
+        faster = [f for f in self.simulate(quicker_variants(found[0])) if f[1].seconds < seconds]
         within = [f for f in faster if f[1].peak <= self.budget]
         if within:
             return sorted(within, key=lambda f: f[1].seconds)
@@ -135,12 +135,25 @@ def combine(plan: Plan, start: Plan, other: Plan) -> Plan:
 
 
 def variants(plan: Plan) -> Iterator[Plan]:
-    """Yield plans in which one value more is kept, or one less; late ones first, as they are held shortest."""
+    """Yield plans in which one value more is kept, or one less."""
+    yield from larger_variants(plan)
+    yield from smaller_variants(plan)
+
+
+def quicker_variants(plan: Plan) -> Iterator[Plan]:
+    """Yield the variants that may be faster: those that still keep what the plan keeps."""
+    yield from larger_variants(plan)
+    for smaller in smaller_variants(plan):
+        if smaller.kept == plan.kept:  # a recomputed value is stored as bits, or follows from a dropout mask
+            yield smaller
+
+
+def larger_variants(plan: Plan) -> Iterator[Plan]:
+    """Yield plans in which one value more is kept; late ones first, as they are held shortest."""
     needs = plan.needs
     for v, saved in reversed(needs.keepable.items()):
         if v not in plan.kept and needs.tape.made_by[v] is not None:
             yield replace(plan, kept=plan.kept | {v}, compressed=plan.compressed.difference(saved))
-    yield from smaller_variants(plan)
 
 
 def smaller_variants(plan: Plan) -> Iterator[Plan]:

@@ -51,22 +51,20 @@ class Menu:
 
     def choices(self) -> dict[Choice, bool]:
         """Return the different choices, each with whether it is independent of measured times; those come first."""
-        prices = 0.0, *SIZED, EVERYTHING
-        found = dict.fromkeys([self.choice(price, self._sized) for price in prices], True)
-        for choice in self._priced_choices():
+        found = dict.fromkeys(self._choices((0.0, *SIZED, EVERYTHING), self._sized), True)
+        for choice in self._choices(self._prices(), self._measured):
             found.setdefault(choice, False)
         return found
 
-    def _priced_choices(self) -> list[Choice]:
-        """Return the choices at prices of measured time: where two prices have the same one, so have those between."""
-        prices = self._prices()
+    def _choices(self, prices: Sequence[float], edges: Edges) -> list[Choice]:
+        """Return the choices at rising prices: where two prices have the same one, so have those between."""
         found: dict[int, Choice] = {}
         todo = [(0, len(prices) - 1)] if prices else []
         while todo:
             low, high = todo.pop()
             for n in (low, high):
                 if n not in found:
-                    found[n] = self.choice(prices[n], self._measured)
+                    found[n] = self.choice(prices[n], edges)
             if high - low > 1 and found[low] != found[high]:
                 middle = (low + high) // 2
                 todo += [(low, middle), (middle, high)]

@@ -80,17 +80,14 @@ class Needs:
         """Return whether a value's allocation is older than the step."""
         return self.tape.allocation(value).is_outside
 
-    def is_there(self, value: int) -> bool:
-        """Return whether the backward finds a value, unchanged, where it was before the step."""
-        return value in self._there
-
     @cached_property
-    def _there(self) -> set[int]:
-        found: set[int] = set()
+    def there(self) -> frozenset[int]:
+        """Return the values that the backward finds, unchanged, where they were before the step."""
+        found = set[int]()
         for value, allocation in enumerate(self.tape.allocation_of):
             if self.is_outside(value) and allocation not in self._written:
                 found.add(value)
-        return found
+        return frozenset(found)
 
     @cached_property
     def _written(self) -> set[int]:
@@ -112,7 +109,7 @@ class Needs:
 
         def is_known(v: int) -> bool:
             by = tape.made_by[v]
-            known = v in self.keepable or v in self.dropout_masks or self.is_there(v)
+            known = v in self.keepable or v in self.dropout_masks or v in self.there
             return known or (by is not None and found[by] is not None)
 
         for o, op in enumerate(tape.ops[: tape.backward_start]):

@@ -69,9 +69,10 @@ class Plan:
         """Return all operators that run again."""
         return frozenset(self.above(self.dropped))
 
-    def is_base(self, value: int) -> bool:
-        """Return whether the backward finds a value as it was."""
-        return value in self.kept or self.needs.is_there(value)
+    @cached_property
+    def available(self) -> frozenset[int]:
+        """Return the values that the backward finds as they were."""
+        return self.kept | self.needs.there
 
     def op_of(self, value: int) -> int:
         """Return the operator that recomputes a value.
@@ -80,7 +81,7 @@ class Plan:
             LookupError: none does.
         """
         op = self.needs.tape.made_by[value]
-        if op is None or (value not in self.dropout_masks and self.needs.replayed[op] is None):
+        if op is None or (self.needs.replayed[op] is None and value not in self.dropout_masks):
             raise LookupError(f"nothing makes value {value} again")
         return op
 
@@ -102,15 +103,15 @@ class Plan:
 
     def between(self, values: Iterable[int], known: Collection[int], block: int | None = None) -> Iterator[int]:
         """Yield the operators that recompute values from `known` or kept ones."""
-        todo, seen = [*values], set[int]()
+        todo, seen, available, reads, block_of = [*values], set[int](), self.available, self.reads, self.block_of
         while todo:
             v = todo.pop()
-            if v in known or self.is_base(v):
+            if v in available or v in known:
                 continue
             op = self.op_of(v)
-            if op not in seen and block in (None, self.block_of[op]):
+            if op not in seen and (block is None or block == block_of[op]):
                 seen.add(op)
-                todo += self.reads[op]
+                todo += reads[op]
                 yield op
 
     @cached_property
@@ -128,7 +129,7 @@ class Plan:
         for block, saved in self.asked.items():
             found.update((block, self.needs.value(k)) for k in saved)
             for op in self.above(saved, block):
-                found.update((block, v) for v in self.reads[op] if not self.is_base(v))
+                found.update((block, v) for v in self.reads[op] if v not in self.available)
         return found
 
     @cached_property

@@ -88,7 +88,7 @@ class Units:
         for op in ops:
             for v in self.plan.reads[op]:
                 made = self.plan.needs.tape.made_by[v]
-                if made is not None and self.plan.block_of[made] == block and not self.plan.is_base(v):
+                if made is not None and self.plan.block_of[made] == block and v not in self.plan.available:
                     first = min(first, made)
         return first, max(ops)
 

@@ -67,7 +67,7 @@ def bound(needs: Needs, costs: Sequence[Cost], budget: int, seconds: float = 60.
     unit = 2.0**20
 
     def is_free(v: int) -> bool:
-        return needs.is_there(v)
+        return v in needs.there
 
     model = Model(needs, costs)
     for k in events:
