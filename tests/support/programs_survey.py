@@ -34,9 +34,9 @@ def often_short(of: int, recordable: bool | None = None) -> st.SearchStrategy[Pr
 
 recordable = functools.partial(programs, recordable=True)
 WAYS = {
-    "convert": Way(by_convert, programs, 25, 0.5),
+    "convert": Way(by_convert, programs, 15, 0.5),
     "slopes": Way(by_slopes, programs, 8, 0.05),
-    "rev_block": Way(by_rev_block, block_programs, 25, 0.2),
+    "rev_block": Way(by_rev_block, block_programs, 15, 0.2),
     "aot_eager": Way(functools.partial(by_backend, inner="aot_eager"), functools.partial(often_short, 2), 5, 0.09),
     "inductor": Way(functools.partial(by_backend, inner="inductor"), functools.partial(often_short, 8, True), 1, 0.01),
 }

@@ -118,7 +118,7 @@ class Attack:
 
 @pytest.mark.parametrize("steps", [0, 1, STEADY])
 @pytest.mark.parametrize("way", ("convert", "rev_block"))
-@pytest.mark.parametrize(("mode", "every"), [(Dispatched, 97), (Called, 67)])
+@pytest.mark.parametrize(("mode", "every"), [(Dispatched, 193), (Called, 97)])
 def test_an_error_at_any_operation_of_a_step_comes_through_and_leaves_nothing(
     way: str, mode: Mode, every: int, steps: int
 ) -> None:
