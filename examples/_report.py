@@ -70,7 +70,7 @@ def _gradients(model: nn.Module, loss: Loss, seed: int) -> tuple[tuple[Tensor, .
 
 
 def print_comparison(c: Comparison) -> None:
-    """None; prints a comparison as a small table."""
+    """Print a comparison as a small table."""
     print(f"{'':24}{'plain':>12}{'revfx':>12}")
     print(f"{'peak memory of a step':24}{mb(c.plain.peak):>12}{mb(c.revfx.peak):>12}   {c.saving:.1f} x less")
     print(f"{'kept after the forward':24}{mb(c.plain.kept):>12}{mb(c.revfx.kept):>12}")
@@ -90,6 +90,6 @@ def ms(seconds: float) -> str:
 
 
 def require(holds: bool, claim: str) -> None:
-    """None, if the claim holds; else the program ends with an exit status of 1."""
+    """End the program with exit status 1 unless the claim holds."""
     if not holds:
         raise SystemExit(f"FAILED: {claim}")

@@ -72,7 +72,7 @@ def seconds(step: Step, text: Tensor, rounds: int) -> float:
 
 
 def main() -> None:
-    """None; prints a table of memory and time, by depth and by way."""
+    """Print a table of memory and time, by depth and by way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--layers", help="default: 8,24,48,96")
     parser.add_argument("--short", action="store_true", help="4 layers")

@@ -111,7 +111,7 @@ def row(name: str, model: nn.Module, text: Tensor, short: bool) -> str:
 
 
 def main() -> None:
-    """None; finds and trains the largest batch of each way, and prints a table."""
+    """Find and train the largest batch of each way, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--mib", type=int, help="memory of a step in MiB; default: 64")
     parser.add_argument("--layers", type=int, help="default: 6")

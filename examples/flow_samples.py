@@ -142,7 +142,7 @@ def fit(name: str, flow: nn.Module, images: Tensor, epochs: int) -> float:
 
 
 def draw(rows: dict[str, Tensor], file: Path) -> None:
-    """None; writes a picture with 16 images for each name."""
+    """Write a picture with 16 images for each name."""
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(len(rows), 1, figsize=(9, 1.35 * len(rows) + 0.2), layout="constrained")
@@ -155,7 +155,7 @@ def draw(rows: dict[str, Tensor], file: Path) -> None:
 
 
 def main() -> None:
-    """None; fits both flows, converted, and draws samples of them."""
+    """Fit both converted flows, and draw samples of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer epochs")
     parser.add_argument("--to", type=Path, default=Path("flow_samples.png"), help="the picture (default: %(default)s)")

@@ -118,7 +118,7 @@ def fit(steps: int, gradients: int) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    """None; measures, then fits."""
+    """Measure the simulation, then fit it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="at most 300 steps of the simulation")
     args = parser.parse_args()

@@ -92,7 +92,7 @@ def likelihoods(model: nn.Module, train: Tensor, test: Tensor) -> tuple[float, f
 
 
 def fit(model: nn.Module, train: Tensor, test: Tensor, epochs: int) -> None:
-    """None; maximises the likelihood of `train`, in batches of 142."""
+    """Maximise the likelihood of `train`, in batches of 142."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     print(f"{'epoch':>8}{'train':>10}{'held out':>10}   log-likelihood in nats per sample")
@@ -109,7 +109,7 @@ def fit(model: nn.Module, train: Tensor, test: Tensor, epochs: int) -> None:
 
 
 def main() -> None:
-    """None; fits the converted flow, compares it with a Gaussian, and measures a step of it."""
+    """Fit the converted flow, compare it with a Gaussian, and measure a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="fewer epochs of a flow of 8 couplings")
     parser.add_argument("--epochs", type=int, help="default: 120")

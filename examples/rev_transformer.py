@@ -144,7 +144,7 @@ class Run:
         self.seconds = 0.0
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """None; one step of gradient descent."""
+        """Take one step of gradient descent."""
         start = time.perf_counter()
         loss = loss_of(self.model, x, y)
         self.optimizer.zero_grad()
@@ -156,7 +156,7 @@ class Run:
 
 
 def train(plain: Run, converted: Run, draw: Draw, steps: int) -> None:
-    """None; both see the same batches and draw their dropout masks from the same seeds."""
+    """Train all models on the same batches and dropout masks."""
     generator = torch.Generator().manual_seed(1)
     every = max(1, steps // 8)
     print(f"\n{'step':>6}{'bits per character plain':>28}{'revfx':>12}")
@@ -174,7 +174,7 @@ def train(plain: Run, converted: Run, draw: Draw, steps: int) -> None:
 
 
 def main() -> None:
-    """None; trains a model plainly and one converted, and prints what they did."""
+    """Train a plain model and a converted one, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="40 steps of a smaller model")
     parser.add_argument("--steps", type=int, help="default: 600")

@@ -88,7 +88,7 @@ class Run:
         self.seconds = 0.0
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """None; one step of gradient descent."""
+        """Take one step of gradient descent."""
         start = time.perf_counter()
         loss = F.cross_entropy(self.model(x), y)
         self.optimizer.zero_grad()
@@ -117,7 +117,7 @@ def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run]:
 
 
 def main() -> None:
-    """None; trains the models and prints what they did."""
+    """Train the models, and print their losses, memory and time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="three epochs of a narrower net")
     parser.add_argument("--epochs", type=int, help="default: 8")

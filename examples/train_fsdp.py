@@ -66,7 +66,7 @@ class Run:
         return found
 
     def step(self, x: Tensor, y: Tensor) -> None:
-        """None; one step of gradient descent."""
+        """Take one step of gradient descent."""
         loss = loss_of(self.model, x, y)
         self.optimizer.zero_grad()
         loss.backward()
@@ -77,7 +77,7 @@ class Run:
 
 
 def train(runs: list[Run], draw: Callable[[], tuple[Tensor, Tensor]], steps: int, say: Callable[[str], None]) -> None:
-    """None; all see the same batches and draw their dropout masks from the same seeds."""
+    """Train all models on the same batches and dropout masks."""
     every = max(1, steps // 6)
     say(f"\n{'step':>6}{'bits per character plain':>28}{'revfx':>12}")
     for step in range(1, steps + 1):
@@ -90,7 +90,7 @@ def train(runs: list[Run], draw: Callable[[], tuple[Tensor, Tensor]], steps: int
 
 
 def main() -> None:
-    """None; trains a model plainly and one converted, and prints what they did."""
+    """Train a plain model and a converted one, and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="24 steps of a smaller model")
     args = parser.parse_args()

@@ -119,7 +119,7 @@ def by_accelerate(model: nn.Module, batches: Batches, folder: Path) -> Trained:
 
 
 def main() -> None:
-    """None; trains the model six times, and prints what came of it."""
+    """Train the model six times, and print the losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="12 steps each")
     args = parser.parse_args()

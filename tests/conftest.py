@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """None; leaves out what takes long, where no time is given for it, and puts the rest in order."""
+    """Leave out long tests unless they are asked for, and order the rest."""
     deep = [] if os.environ.get("REVFX_DEEP") else [item for item in items if item.get_closest_marker("deep")]
     config.hook.pytest_deselected(items=deep)
     left_out = set(deep)
@@ -71,21 +71,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """None; the collector runs more seldom: torch and its compilers alone are half a million objects that it looks at,
-    and compiling makes many.
+    """Let the garbage collector run less often: torch and its compilers have half a million objects to visit, and
+    compiling makes many.
     """
     gc.set_threshold(50_000, 20, 50)
 
 
 def pytest_runtestloop() -> None:
-    """None; of each graph torch writes texts for its logs, and it times guards, which nobody reads here."""
+    """Skip the texts that torch writes for each graph, and its times of guards: nobody reads them here."""
     patch = pytest.MonkeyPatch()
     patch.setattr(import_module("torch._dynamo.guards"), "profile_guard_manager", lambda *args: 0.0)
     patch.setattr(torch.fx.GraphModule, "print_readable", lambda *args, **options: "")
 
 
 def pytest_unconfigure() -> None:
-    """None; the process that made the folder takes it away."""
+    """Remove the folder of kernels, in the process that made it."""
     if OWN_KERNELS:
         shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
 

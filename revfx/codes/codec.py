@@ -38,7 +38,7 @@ class Codec:
     Attributes:
         width: bits; None if the value is smaller than its code, or too small to be worth the time of a code.
         wide: 8 bits are expected.
-        due: the next call counts escapes.
+        counts_next: whether the next call counts escapes.
         escapes: their last count.
         capacity: the number of escapes that a code can hold, on an accelerator.
     """
@@ -47,13 +47,13 @@ class Codec:
         self.calls, self.escapes, self.wide = 0, 0, wide
         self.width: int | None = None
         self.capacity: int | None = None
-        self.due = True
+        self.counts_next = True
 
-    def asks(self, x: Tensor) -> bool:
+    def needs_prediction(self, x: Tensor) -> bool:
         """Return whether the next call encodes `x`, or counts escapes, and so needs the prediction."""
         self.calls += 1
-        self.due = self.due or self.calls & (self.calls - 1) == 0
-        return (self.due or self.width is not None) and _torch.is_plain(x) and pays_for(x, x.nbytes)
+        self.counts_next = self.counts_next or self.calls & (self.calls - 1) == 0
+        return (self.counts_next or self.width is not None) and _torch.is_plain(x) and pays_for(x, x.nbytes)
 
     def encode(self, x: Tensor, prediction: Prediction) -> Code | None:
         """Return the code of `x`, or None if `x` itself is smaller."""
@@ -63,13 +63,13 @@ class Codec:
         if _torch.is_fake(x) or _torch.is_fake(like):
             width = 8 if self.wide else TYPICAL_WIDTH
             return encode(x, prediction, width, _typical_escapes(x, x.numel()))
-        if self.due and not _torch.is_capturing(x):
+        if self.counts_next and not _torch.is_capturing(x):
             self._choose(x, prediction)
         width = self.width  # another thread may choose another one
         if width is None:
             return None
         code = encode(x, prediction, width, self.capacity)
-        self.due = self.capacity is None and len(code.values) > 2 * self.escapes + x.numel() // UNEXPECTED_SHARE
+        self.counts_next = self.capacity is None and len(code.values) > 2 * self.escapes + x.numel() // UNEXPECTED_SHARE
         return code if code.nbytes - code.words.nbytes < x.nbytes else None
 
     def _choose(self, x: Tensor, prediction: Prediction) -> None:
@@ -78,7 +78,7 @@ class Codec:
         n, size = x.numel() * reals_per_element(x), x.element_size() // reals_per_element(x)
         nbytes = {w: nbytes_of(n, size, w, counts[w]) for w in WIDTHS}
         best = min(WIDTHS, key=lambda w: nbytes[w] + ESCAPE_COST * counts[w])
-        self.due = False
+        self.counts_next = False
         self.width = best if nbytes[best] < x.nbytes else None
         self.escapes = counts[best]
         self.capacity = None if is_counted(x) else int(CAPACITY_FACTOR * self.escapes) + MIN_CAPACITY

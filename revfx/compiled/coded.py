@@ -50,8 +50,8 @@ class Coder:
         with self._lock:
             count = count_overflows()
             if count != self._overflows:
-                self._overflows, self.codec.due = count, True
-            if self.codec.asks(x):
+                self._overflows, self.codec.counts_next = count, True
+            if self.codec.needs_prediction(x):
                 code = self.codec.encode(x, Prediction((predicted,)))
         width = 0 if code is None else code.width
         layout = torch.tensor([width, offset_of(x), *x.stride()], dtype=torch.int64)

@@ -137,7 +137,7 @@ class Ending:
             differs, counts = read(noted, [code.count for code, _ in coded if code.count is not None])
             lost = [codec for (code, codec), count in zip(coded, counts, strict=True) if count > len(code.values)]
             for codec in lost:
-                codec.due = True
+                codec.counts_next = True
             if lost:
                 warn(OVERFLOWED, NondeterminismWarning)  # differences have this cause
             elif differs:

@@ -291,12 +291,12 @@ class Forward:
             if codec is None:
                 codec = self.plan.codecs[key] = Codec(wide=coded.arc.coded)
             code = None
-            if codec.asks(x):
+            if codec.needs_prediction(x):
                 prediction = self._predict(coded, match)
                 if prediction is not None:
                     code = codec.encode(x, prediction)
                 else:
-                    codec.width, codec.due = None, False
+                    codec.width, codec.counts_next = None, False
                 if codec.width is None and coded.arc.declared:
                     self._distrust(coded, matched.unit)
             call.codes.append(code)

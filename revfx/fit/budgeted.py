@@ -28,7 +28,7 @@ from revfx.engine.plan import Plan
 from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
 from revfx.fit.costs import Costs
-from revfx.fit.grouping import Learnt
+from revfx.fit.grouping import RecordedStep
 from revfx.fit.inverted import InvertedSteps
 from revfx.fit.kinds import BudgetKind, PlainForward, count_elements, covers, sizes_of
 from revfx.fit.learning import StepLearning
@@ -258,12 +258,12 @@ class BudgetedModel:
 
     def _learn(self, key: Any, model: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         inputs = tensors_in((args, kwargs))
-        learnt: list[Learnt] = []
+        recorded: list[RecordedStep] = []
         self._parameters = []
 
         def finished(step: StepRecorder) -> None:
             with showing_progress(f"revfx plans {name}"):
-                self._plan(key, model, text, step, learnt.pop())
+                self._plan(key, model, text, step, recorded.pop())
 
         name, text = name_of(model), shapes_of(inputs)
         learning = learner(StepLearning, self.has_parts)(model, inputs, finished)
@@ -271,25 +271,25 @@ class BudgetedModel:
         with learning, CallObserver(learning), self._seeing_parts(learning):
             out = forward(*args, **kwargs)
         step = learning.end(inputs, tensors_in(out))
-        learnt.append(step)
+        recorded.append(step)
         if sum(not forward.is_over for forward in self._forwards.values()) == 1:
             self.unplanned[key] += 1
         if self.unplanned[key] > MAX_TRIES:
             self._drop_blocks(key, name, step)
         return out
 
-    def _drop_blocks(self, key: Any, name: str, learnt: Learnt) -> None:
+    def _drop_blocks(self, key: Any, name: str, recorded: RecordedStep) -> None:
         """Let later calls of a kind drop whole blocks, because no backward came that a plan could be made from."""
         plan = Plan()
-        plan.learn((), (), fallback_units(learnt))
-        device = learnt.tape.values[0].device
+        plan.learn((), (), fallback_units(recorded))
+        device = recorded.tape.values[0].device
         with self.lock:
             self.kinds[key] = BudgetKind(plan, [], None, device)
-        learnt.tape.forget_tensors()
+        recorded.tape.forget_tensors()
         if key not in self.retried:
             warn_of_blocks(name, self.budget)
 
-    def _plan(self, key: Any, model: nn.Module, inputs: str, step: StepRecorder, learnt: Learnt) -> None:
+    def _plan(self, key: Any, model: nn.Module, inputs: str, step: StepRecorder, recorded: RecordedStep) -> None:
         """Plan the calls of a kind from a recorded step.
 
         Raises:
@@ -301,10 +301,10 @@ class BudgetedModel:
         # Search for the fastest plan within the budget, and within less of it if sizes depend on data.
         start = time.perf_counter()
         planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
-        survey = Survey(planner, InvertedSteps(planner, learnt), LEAST_MARGIN)
+        survey = Survey(planner, InvertedSteps(planner, recorded), LEAST_MARGIN)
         budget = self._budget_of(survey)
         room = 0
-        if any(torch.Tag.dynamic_output_shape in op.func.tags for op in learnt.tape.ops if is_overload(op.func)):
+        if any(torch.Tag.dynamic_output_shape in op.func.tags for op in recorded.tape.ops if is_overload(op.func)):
             room = int(DATA_MARGIN * budget.of(survey.peak))
         with_room = replace(budget, less=budget.less + room)
         chosen = self._carried(survey, with_room) or survey.best(with_room)
@@ -335,10 +335,10 @@ class BudgetedModel:
         with self.lock:
             self.has_planned = True
             del self.unplanned[key]
-            self._follow(key, chosen, learnt, asked, summary)
-        learnt.tape.forget_tensors()
+            self._follow(key, chosen, recorded, asked, summary)
+        recorded.tape.forget_tensors()
 
-    def _follow(self, key: Any, chosen: Chosen, learnt: Learnt, asked: int, summary: BudgetPlan) -> None:
+    def _follow(self, key: Any, chosen: Chosen, recorded: RecordedStep, asked: int, summary: BudgetPlan) -> None:
         """Let later calls of a kind follow a plan, or the plans of the other paths that were recorded."""
         tape = chosen.plan.needs.tape
         before = self.kinds.pop(key, None)
@@ -346,18 +346,18 @@ class BudgetedModel:
         known = [] if before is None else before.known
         others = [one for one in known if not is_same_but_for_sizes(one[0].plan.needs.tape, tape)][: MAX_PATHS - 1]
         plan.others = [path for _, path in others]
-        placed = units_of(chosen, learnt, plan.reasons, asked)
+        placed = units_of(chosen, recorded, plan.reasons, asked)
         units = [p.unit for p in placed]
         if not units and not others:
             plan.units.clear()  # units of an earlier plan would match anywhere
-        plan.learn(units, [p.chain for p in placed], fallback_units(learnt) if units else ())
+        plan.learn(units, [p.chain for p in placed], fallback_units(recorded) if units else ())
         plan.path.firsts = [p.first for p in placed] or [NEVER]
         dropped = (*chosen.plan.dropped, *chosen.plan.compressed, *chosen.inverted.saved)
-        plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
+        plan.path.dropped_at = frozenset(recorded.tape.saved[k][0] for k in dropped)
         for site, of in enumerate(placed):
             if of.is_proven:
                 plan.proven.add((-1, plan.sequence[site], ()))
-        plan.notes_settings |= learnt.tape.changes_settings
+        plan.notes_settings |= recorded.tape.changes_settings
         kind = self.kinds[key] = BudgetKind(plan, [(chosen, plan.path), *others], summary, tape.allocations[0].device)
         kind.used = next(self._numbers)
         if before is not None:

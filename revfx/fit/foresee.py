@@ -1,4 +1,4 @@
-"""Planners without a training: a step is learnt on fake tensors, or on copies if code asks for numbers."""
+"""Planners without a training: a step is recorded on fake tensors, or on copies if code asks for numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from revfx.ambient import set_variable
 from revfx.engine.native import learner
 from revfx.errors import RevfxError
 from revfx.fit.costs import Costs, estimate_costs
-from revfx.fit.grouping import Learnt
+from revfx.fit.grouping import RecordedStep
 from revfx.fit.inverted import InvertedSteps
 from revfx.fit.learning import StepLearning
 from revfx.fit.needs import Needs
@@ -41,30 +41,30 @@ def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
         RevfxError: the model is compiled as a whole, or nothing that it returns needs a gradient.
         Exception: the model's own.
     """
-    learnt = foreseen_step(model, args, kwargs)
-    costs = Costs().of(learnt.step)
+    recorded = foreseen_step(model, args, kwargs)
+    costs = Costs().of(recorded.step)
     if not any(cost.seconds for cost in costs):  # on the "meta" device nothing takes time
-        costs = estimate_costs(learnt.step, costs)
-    planner = Planner(Needs(learnt.step), costs, any_caller=True)
-    return Survey(planner, InvertedSteps(planner, learnt))
+        costs = estimate_costs(recorded.step, costs)
+    planner = Planner(Needs(recorded.step), costs, any_caller=True)
+    return Survey(planner, InvertedSteps(planner, recorded))
 
 
-def foreseen_step(model: nn.Module, args: Any, kwargs: Any) -> Learnt:
+def foreseen_step(model: nn.Module, args: Any, kwargs: Any) -> RecordedStep:
     """Return a step of a plain model; see `foreseen_survey`."""
     if _torch.is_compiled(model):
         text = "it is compiled as a whole, and no part of that can run again:"
         raise RevfxError(f"{text} compile its blocks instead (`block.compile()`), or see `compile=True`.")
     if not parts_of(model):
         try:
-            return _learnt(FakeWorld(model, args, kwargs, whole=True))
+            return _record(FakeWorld(model, args, kwargs, whole=True))
         except RevfxError:
             raise
         except Exception:  # it asks for numbers, or no fake tensors pass
             LOG.info("a step on fake tensors failed: it runs on copies")
-    return _learnt(CopiedWorld(model, args, kwargs))
+    return _record(CopiedWorld(model, args, kwargs))
 
 
-def _learnt(world: FakeWorld) -> Learnt:
+def _record(world: FakeWorld) -> RecordedStep:
     is_real = isinstance(world, CopiedWorld)
     with contextlib.ExitStack() as stack:
         contexts = (
@@ -87,7 +87,7 @@ def _learnt(world: FakeWorld) -> Learnt:
             raise
 
 
-def _step(world: FakeWorld, args: Any, kwargs: Any) -> Learnt:
+def _step(world: FakeWorld, args: Any, kwargs: Any) -> RecordedStep:
     model, inputs, finished = world.model, tensors_in((args, kwargs)), list[StepRecorder]()
     in_python = bool(parts_of(model)) or not isinstance(world, CopiedWorld)
     learning = learner(StepLearning, in_python)(model, inputs, finished.append)
@@ -97,8 +97,8 @@ def _step(world: FakeWorld, args: Any, kwargs: Any) -> Learnt:
     outs = [t for t in outs if not t.dim()] or outs  # where there is a loss, it is what is differentiated
     if not outs:
         raise RevfxError("the forward returns no tensor that needs a gradient, as far as can be seen.")
-    learnt = learning.end(inputs, tensors_in(out))
-    constants = learnt.tape.constants
+    recorded = learning.end(inputs, tensors_in(out))
+    constants = recorded.tape.constants
     for value, t in [*constants.items()]:
         real = world.real_of(t) if _torch.is_fake(t) else t
         if real is None:
@@ -109,4 +109,4 @@ def _step(world: FakeWorld, args: Any, kwargs: Any) -> Learnt:
     torch.autograd.backward(outs, [torch.ones_like(t) for t in outs])
     if not finished:
         raise RevfxError("the backward leaves a part of the graph for another one.")
-    return learnt
+    return recorded

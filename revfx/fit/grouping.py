@@ -15,8 +15,8 @@ from revfx.plan.staged import Dropped
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """A step that was learnt: the engine's tape of its forward beside that of the step.
+class RecordedStep:
+    """A recorded step: the engine's tape of its forward beside that of the step.
 
     Attributes:
         step: the tape of the step.
@@ -55,8 +55,8 @@ class _Cone:
 class Grouping:
     """Groups the dropped values of a plan into runs of operators."""
 
-    def __init__(self, plan: Plan, learnt: Learnt) -> None:
-        self.plan, self.tape, self.learnt = plan, learnt.tape, learnt
+    def __init__(self, plan: Plan, recorded: RecordedStep) -> None:
+        self.plan, self.tape, self.recorded = plan, recorded.tape, recorded
         self.block_of = self._blocks()
         self.after = {known.before: v for v, known in enumerate(self.tape.values) if known.before is not None}
         self.rewritten = self._rewritten()
@@ -72,7 +72,7 @@ class Grouping:
             own = self._block(value)
             if own is None or self._is_there(value):
                 continue
-            if self.learnt.value_of.get(value) in plan.dropout_masks:
+            if self.recorded.value_of.get(value) in plan.dropout_masks:
                 compressed.setdefault(own, set()).add(value)
             elif own == block:
                 asked.setdefault(block, []).append(value)
@@ -128,7 +128,7 @@ class Grouping:
     def _blocks(self) -> list[int]:
         """Return the block of each operator of the engine's tape."""
         found: list[int] = []
-        block, borders = 0, iter(zip(self.learnt.numbers, self.plan.block_of, strict=True))
+        block, borders = 0, iter(zip(self.recorded.numbers, self.plan.block_of, strict=True))
         following = next(borders, None)
         for number in range(len(self.tape.ops)):
             if following is not None and number == following[0]:
@@ -154,7 +154,7 @@ class Grouping:
         """Return whether the backward finds a value."""
         if self.tape.is_outside(value) or self.tape.values[value].op is None:
             return True
-        known = self.learnt.value_of.get(value)
+        known = self.recorded.value_of.get(value)
         return known is None or known in self.plan.available
 
     def _cone(self, value: int, block: int) -> _Cone:
@@ -165,7 +165,7 @@ class Grouping:
             if v in seen or self._is_there(v):
                 continue
             seen.add(v)
-            if self.learnt.value_of.get(v) in self.plan.dropout_masks:
+            if self.recorded.value_of.get(v) in self.plan.dropout_masks:
                 cone.dropout_masks.add(v)
                 cone.ops.add(self.tape.values[self._last_write(v)].op or 0)
                 continue
@@ -202,9 +202,9 @@ class Grouping:
         return frozenset(found)
 
 
-def whole_blocks(learnt: Learnt) -> list[Dropped]:
+def whole_blocks(recorded: RecordedStep) -> list[Dropped]:
     """Return each kind of block once, with all that is saved in it dropped."""
-    tape, block_of = learnt.tape, learnt.block_of
+    tape, block_of = recorded.tape, recorded.block_of
     found: list[Dropped] = []
     known: set[tuple[Any, ...]] = set()
     first, block = 0, ""

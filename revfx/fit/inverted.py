@@ -19,7 +19,7 @@ from revfx.codes.format import nbytes_of
 from revfx.engine.tape import Tape as Forward
 from revfx.engine.unit import Coded, Unit
 from revfx.fit.costs import code_seconds
-from revfx.fit.grouping import Grouping, Learnt
+from revfx.fit.grouping import Grouping, RecordedStep
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.planner import Planner
@@ -109,11 +109,11 @@ class InvertedStep(NamedTuple):
 
     inverted: Inverted
     planner: Planner
-    learnt: Learnt
+    recorded: RecordedStep
 
     def can_follow(self, plan: Plan) -> bool:
         """Return whether the engine can carry out a plan for the other saved tensors beside the couplings."""
-        return not any(map(self.inverted.overlap, Grouping(plan, self.learnt).run()))
+        return not any(map(self.inverted.overlap, Grouping(plan, self.recorded).run()))
 
 
 def _code_bytes(forward: Forward, head: int, coded: Coded) -> int:
@@ -130,17 +130,17 @@ class InvertedSteps:
 
     Args:
         planner: of the step without.
-        learnt: the step.
+        recorded: the step.
     """
 
-    def __init__(self, planner: Planner, learnt: Learnt) -> None:
-        self._planner, self._learnt = planner, learnt
+    def __init__(self, planner: Planner, recorded: RecordedStep) -> None:
+        self._planner, self._recorded = planner, recorded
         self._steps: dict[int, InvertedStep] = {}  # by how many units are inverted
 
     @cached_property
     def units(self) -> list[CoupledUnit]:
         """The units of all couplings."""
-        return coupled_units(self._learnt.tape)
+        return coupled_units(self._recorded.tape)
 
     def __iter__(self) -> Iterator[InvertedStep]:
         """Yield the step with all of them inverted first, then with fewer."""
@@ -161,19 +161,19 @@ class InvertedSteps:
 
     def _step(self, count: int) -> InvertedStep:
         before, units = self._planner, self.units[:count]
-        maker = _TapeMaker(before, self._learnt, units)
+        maker = _TapeMaker(before, self._recorded, units)
         tape, saved = maker.run()
         barred = before.needs.barred.union(*map(maker.operators, units))
         planner = Planner(Needs(tape, barred), before.costs, any_caller=True)
-        return InvertedStep(Inverted(units, saved), planner, self._learnt)
+        return InvertedStep(Inverted(units, saved), planner, self._recorded)
 
 
 class _TapeMaker:
     """Makes the tape of a step in which units are inverted."""
 
-    def __init__(self, planner: Planner, learnt: Learnt, units: Sequence[CoupledUnit]) -> None:
+    def __init__(self, planner: Planner, recorded: RecordedStep, units: Sequence[CoupledUnit]) -> None:
         tape = planner.needs.tape
-        self.costs, self.forward, self.learnt, self.units = planner.costs, learnt.tape, learnt, units
+        self.costs, self.forward, self.recorded, self.units = planner.costs, recorded.tape, recorded, units
         allocations = [replace(m) for m in tape.allocations]
         self.tape = replace(tape, allocations=allocations, saved=[*tape.saved], held=[*tape.held])
         self.firsts = [unit.first for unit in units]
@@ -192,7 +192,7 @@ class _TapeMaker:
 
     def operators(self, unit: CoupledUnit) -> range:
         """Return the operators of the step that a unit consists of."""
-        numbers = self.learnt.numbers
+        numbers = self.recorded.numbers
         return range(bisect_left(numbers, unit.first), bisect_right(numbers, unit.last))
 
     def run(self) -> tuple[Tape, frozenset[int]]:
@@ -297,13 +297,13 @@ class _TapeMaker:
         return most + max(map(self._bytes, unit.heads), default=0)
 
     def _scratch(self, number: int) -> int:
-        at = bisect_left(self.learnt.numbers, number)
-        is_known = at < len(self.learnt.numbers) and self.learnt.numbers[at] == number
+        at = bisect_left(self.recorded.numbers, number)
+        is_known = at < len(self.recorded.numbers) and self.recorded.numbers[at] == number
         return self.costs[at].scratch if is_known else 0
 
     def _extend(self, value: int, stop: int) -> None:
         """Extend the life of a value's allocation to a slot."""
-        known = self.learnt.value_of.get(value)
+        known = self.recorded.value_of.get(value)
         if known is not None:
             allocation = self.tape.allocation(known)
             if allocation.end is not None:
@@ -317,7 +317,7 @@ class _TapeMaker:
 
     # --- time
     def _seconds(self, number: int) -> float:
-        unit, numbers = self.units[number], self.learnt.numbers
+        unit, numbers = self.units[number], self.recorded.numbers
         found = 0.0
         for at in self.operators(unit):
             if not self._inverts(number) or numbers[at] in unit.runs_again:

@@ -27,10 +27,10 @@ class BudgetKind:
             made, and whole blocks are dropped.
         summary: it for users.
         device: on which the model is.
-        calls: the number of calls since it was learnt.
-        wait: the number of calls before it is learnt again.
-        tries: how often it was learnt since a forward went an unknown way, and took a known one.
-        is_due: the next call is learnt again.
+        calls: the number of calls since it was recorded.
+        wait: the number of calls before it is recorded again.
+        tries: how often it was recorded since a forward went an unknown way, and took a known one.
+        is_due: the next call is recorded again.
         used: a number that grows with each call.
         ends: tensors that the latest call took or returned, with how often they had been written to.
     """
@@ -48,11 +48,11 @@ class BudgetKind:
 
     @property
     def chosen(self) -> Chosen | None:
-        """The plan of the way that was learnt last."""
+        """The plan of the way that was recorded last."""
         return self.known[0][0] if self.known else None
 
     def judge(self, path: Path, matched: int, has_left: bool) -> None:
-        """Have the kind learnt again if fewer units of a way matched than before.
+        """Have the kind recorded again if fewer units of a way matched than before.
 
         Those that match once a forward `has_left` all ways are units of blocks, which do not count for later forwards.
         """

@@ -19,7 +19,7 @@ from revfx.engine.saved import SavedTensor
 from revfx.engine.tape import Ref
 from revfx.engine.whole import Whole
 from revfx.fit.compiled import PartCall
-from revfx.fit.grouping import Learnt
+from revfx.fit.grouping import RecordedStep
 from revfx.fit.step_recorder import StepRecorder
 from revfx.fit.tape import ValueView
 from revfx.passes.sizes import tensors_of
@@ -129,14 +129,14 @@ class StepLearning(BlockLearning):
             self._recount()
             self._settle()
 
-    def end(self, inputs: Sequence[Tensor], returned: Sequence[Tensor]) -> Learnt:
+    def end(self, inputs: Sequence[Tensor], returned: Sequence[Tensor]) -> RecordedStep:
         """Return the step before its backward; `inputs` and `returned` are the tensors of the forward."""
         self.tape.returned = [self.number(t) for t in returned]
         self.before_write([*inputs, *returned])  # whether they are shows in the next call
         step, proven = self.step, frozenset(self.proven)
-        learnt = Learnt(step.tape, self.tape, step.numbers, self.value_of, proven, self._blocks)
+        recorded = RecordedStep(step.tape, self.tape, step.numbers, self.value_of, proven, self._blocks)
         self._begin_backward(returned)
-        return learnt
+        return recorded
 
     def _begin_backward(self, returned: Sequence[Tensor]) -> None:
         self._unsettled, self._settled, self._in_memory, self._holders = {}, {}, {}, {}

@@ -107,6 +107,6 @@ def warn_of_ways(name: str, budget: Budget) -> None:
     """Warn that a forward went a way for which there is no plan yet."""
     warn(
         f"`convert({name}, {budget.text})`: a forward ran other operators than the ones that were planned for, and may"
-        " have exceeded the budget. Such a forward is learnt in one of the next steps, and has a plan of its own then.",
+        " have exceeded the budget. One of the next steps is recorded, and such forwards have their own plan then.",
         BudgetWarning,
     )

@@ -16,10 +16,10 @@ from revfx.plan.model import tensors_in
 
 
 class UnknownWay:
-    """Drop saved tensors block by block once a watched forward has left all ways that were learnt.
+    """Drop saved tensors block by block once a watched forward has left all recorded ways.
 
-    Blocks like those that were learnt are units, which are cheaper. So this begins when a block has passed in which no
-    unit matched; with the call of the next one, as a dispatch mode can't be turned on while an operator runs.
+    Recorded blocks match units, which are cheaper. So this begins when a block has passed in which no unit matched;
+    with the call of the next one, as a dispatch mode can't be turned on while an operator runs.
 
     Args:
         model: the model, in whose lists of modules the blocks are.

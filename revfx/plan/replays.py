@@ -37,7 +37,7 @@ class Unreplayable(Exception):
 
 
 @dataclass(frozen=True)
-class Run:
+class Recompute:
     """Run an operator of the unit again."""
 
     op: int
@@ -53,7 +53,7 @@ class Inversion:
     code: int
 
 
-Action = Run | Inversion
+Action = Recompute | Inversion
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ReplayBuilder:
         for number, action in enumerate(actions):
             for slot in self._made_by(action):
                 self.maker.setdefault(slot, number)
-            if isinstance(action, Run):
+            if isinstance(action, Recompute):
                 runs.setdefault(action.op, number)
             else:
                 self.shared.add(memory.allocation[action.head])

@@ -11,7 +11,7 @@ from revfx.passes.cuts import Step
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc
 from revfx.plan.couplings import Couplings
-from revfx.plan.replays import Run
+from revfx.plan.replays import Recompute
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Span:
     last: int
     entry: tuple[int, ...]
     exit: tuple[int, ...]
-    actions: tuple[Run | TapeInverse, ...]
+    actions: tuple[Recompute | TapeInverse, ...]
     given: frozenset[int]
     kept: frozenset[int]
     inverted: frozenset[int]
@@ -57,7 +57,7 @@ class Span:
     @property
     def recomputed(self) -> set[int]:
         """The operators that going backwards runs again."""
-        return {a.op for a in self.actions if isinstance(a, Run)}
+        return {a.op for a in self.actions if isinstance(a, Recompute)}
 
     @property
     def inverses(self) -> list[TapeInverse]:
@@ -90,13 +90,13 @@ def _span_of(found: Couplings, step: Step, side: tuple[int, ...]) -> Span:
         return of_tape.value_of[lowered.value_nodes[v]]
 
     ops = [of_tape.op_of[node] for node in lowered.op_nodes[step.start : step.stop]]
-    actions: list[Run | TapeInverse] = []
+    actions: list[Recompute | TapeInverse] = []
     recomputed: set[int] = set()
     inverted: set[int] = set()
     for d in step.derive:
         number = of_tape.op_of[lowered.op_nodes[d.op]]
         if isinstance(d, Forward):
-            actions.append(Run(number))
+            actions.append(Recompute(number))
             recomputed.add(number)
         else:
             facts = tuple((value(v), fact) for v, fact in d.arc.assumes)

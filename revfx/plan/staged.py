@@ -9,7 +9,7 @@ from typing import Any
 
 from revfx.engine.tape import Tape
 from revfx.engine.unit import Replay, UnitOp
-from revfx.plan.replays import ReplayBuilder, Run, SlotMemory, Unreplayable
+from revfx.plan.replays import Recompute, ReplayBuilder, SlotMemory, Unreplayable
 from revfx.plan.spans import Span
 from revfx.plan.units import UnitBuilder
 
@@ -58,7 +58,7 @@ class StagedBuilder(UnitBuilder):
         self, ops: Sequence[UnitOp], memory: SlotMemory, known: set[int], after: set[int]
     ) -> tuple[list[Replay], list[Replay]]:
         """Return the forward replays, one for each stage, and the backward ones, of which there are none."""
-        runs = list(map(Run, range(len(ops))))
+        runs = list(map(Recompute, range(len(ops))))
         self.dropout_masks = [self.slots[v] for v in self.dropped.dropout_masks]
         known.update(self.dropout_masks)
         lent = self._slots_of(self.dropped.lent)
@@ -77,7 +77,9 @@ class StagedBuilder(UnitBuilder):
             found.update(dict.fromkeys(self._slots_of(stage)))
         return list(found)
 
-    def _stages(self, ops: Sequence[UnitOp], memory: SlotMemory, known: set[int], runs: Sequence[Run]) -> list[Replay]:
+    def _stages(
+        self, ops: Sequence[UnitOp], memory: SlotMemory, known: set[int], runs: Sequence[Recompute]
+    ) -> list[Replay]:
         """Return a replay for each stage; it starts from the results of earlier ones that nothing overwrites."""
         # The slots that each stage finds, makes and reads.
         outlines: list[tuple[set[int], set[int], set[int]]] = []

@@ -17,7 +17,7 @@ from revfx.passes.composed import rounds
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc
 from revfx.plan.memory import first_slots, is_filled, is_workspace, overwritten_slots
-from revfx.plan.replays import Action, Inversion, ReplayBuilder, Run, SlotMemory, Unreplayable
+from revfx.plan.replays import Action, Inversion, Recompute, ReplayBuilder, SlotMemory, Unreplayable
 from revfx.plan.spans import Span as Span, TapeInverse, find_spans as find_spans
 
 
@@ -116,7 +116,7 @@ class UnitBuilder:
             known: slots that are there before the replay forwards.
             after: slots that are there before the replay backwards.
         """
-        runs, wanted = list(map(Run, range(len(ops)))), self._droppable()
+        runs, wanted = list(map(Recompute, range(len(ops)))), self._droppable()
         forward, actions = ReplayBuilder(ops, memory, known, runs, wanted).run(), self._actions()
         if not self.span.inverses:
             return [forward], []
@@ -136,8 +136,8 @@ class UnitBuilder:
         self.facts.update((self.slots[v], fact) for v, fact in self.span.constants if v in self.slots)
         found: list[Action] = []
         for action in self.span.actions:
-            if isinstance(action, Run):
-                found.append(Run(action.op - self.span.first))
+            if isinstance(action, Recompute):
+                found.append(Recompute(action.op - self.span.first))
                 continue
             if not self.slots.keys() >= {action.head, *action.tail}:
                 raise Unreplayable(f"{self.tape.ops[self.span.last].where}: an inverse reads a tensor from elsewhere")

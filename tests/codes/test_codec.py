@@ -24,7 +24,7 @@ def given(t: Tensor) -> Prediction:
 
 
 def coded(codec: Codec, x: Tensor, prediction: Prediction) -> Code | None:
-    return codec.encode(x, prediction) if codec.asks(x) else None
+    return codec.encode(x, prediction) if codec.needs_prediction(x) else None
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 0.48), (torch.bfloat16, 0.4), (torch.float64, 0.6)])
@@ -80,7 +80,7 @@ def test_a_value_without_a_good_inverse_is_kept_and_looked_at_again_later() -> N
     codec, (x, prediction) = Codec(), pair((64, 64))
     for _ in range(2):
         assert coded(codec, x, given(torch.zeros(64, 64))) is None
-    assert not codec.asks(x), "nothing is computed for it"
+    assert not codec.needs_prediction(x), "nothing is computed for it"
     assert coded(codec, x, prediction) is not None
 
 
@@ -88,8 +88,10 @@ def test_a_value_without_a_good_inverse_is_kept_and_looked_at_again_later() -> N
 def test_small_values_and_such_as_can_not_be_coded_are_kept() -> None:
     bytes_each = torch.randn(8192).to(torch.float8_e5m2)
     for x in (torch.randn(32, 32), torch.ones(4096, dtype=torch.int64), torch.randn(1), bytes_each):
-        assert not Codec().asks(x)
-    assert Codec().asks(torch.randn(33, 32)) and Codec().asks(torch.randn(4096, dtype=torch.complex64))
+        assert not Codec().needs_prediction(x)
+    assert Codec().needs_prediction(torch.randn(33, 32)) and Codec().needs_prediction(
+        torch.randn(4096, dtype=torch.complex64)
+    )
 
 
 def test_room_is_learnt_and_what_finds_none_is_off_by_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +110,6 @@ def test_room_is_learnt_and_what_finds_none_is_off_by_rounding(monkeypatch: pyte
     got, words = decode(prediction, code)
     assert not torch.equal(got, x) and (got - x).abs().max() < 1e-5
     assert not torch.equal(words, code.words)
-    codec.due = True  # as the end of the backward says
+    codec.counts_next = True  # as the end of the backward says
     code = coded(codec, x, prediction)
     assert code is not None and code.count is not None and code.count <= len(code.values)

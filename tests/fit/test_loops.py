@@ -328,7 +328,7 @@ class TwoWays(Residual):
 
 @pytest.mark.parametrize("watcher", ["native", "python"])
 def test_each_way_of_a_forward_has_a_plan(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first forward of another way drops blocks; the next ones are learnt, and then both ways have a plan."""
+    """The first forward of another way drops blocks; the next ones are recorded, and then both ways have a plan."""
     monkeypatch.setenv(native.CHOICE, watcher)
     torch.manual_seed(0)
     model = TwoWays(*(Masked() for _ in range(6)))

@@ -23,7 +23,7 @@ from revfx.errors import RegenerationError
 from revfx.fit import budgeted
 from revfx.fit.blocks import blocks_of
 from revfx.fit.costs import Costs
-from revfx.fit.grouping import Learnt
+from revfx.fit.grouping import RecordedStep
 from revfx.fit.inverted import Inverted, InvertedSteps
 from revfx.fit.kinds import BudgetKind
 from revfx.fit.make_units import units_of
@@ -129,13 +129,13 @@ def chain(name: str) -> Any:
     return CHAINS[name](), (torch.randn(512, 64),), square
 
 
-def learnt_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, BudgetKind, Learnt]:
-    """A model, what it becomes with a budget, the kind of its calls, and the step that was learnt."""
-    found: list[Learnt] = []
+def recorded_step(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, BudgetKind, RecordedStep]:
+    """A model, what it becomes with a budget, the kind of its calls, and the step that was recorded."""
+    found: list[RecordedStep] = []
 
-    def units(chosen: Any, learnt: Learnt, reasons: Any, budget: int) -> Any:
-        found.append(learnt)
-        return units_of(chosen, learnt, reasons, budget)
+    def units(chosen: Any, recorded: RecordedStep, reasons: Any, budget: int) -> Any:
+        found.append(recorded)
+        return units_of(chosen, recorded, reasons, budget)
 
     monkeypatch.setattr(budgeted, "units_of", units)
     monkeypatch.setattr(Tape, "forget_tensors", lambda tape: None)
@@ -168,16 +168,18 @@ def keeping(plan: Any, kept: frozenset[int], block_of: Sequence[int]) -> Any:
     return replace(plan, kept=kept, compressed=frozenset(), dropout_masks=frozenset(), block_of=block_of)
 
 
-def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, inverted: Inverted = NOTHING) -> None:
+def install(
+    kind: BudgetKind, recorded: RecordedStep, drawn: Any, proven: bool = False, inverted: Inverted = NOTHING
+) -> None:
     assert kind.chosen is not None
     kind.plan = Plan()
     chosen = kind.chosen._replace(plan=drawn, inverted=inverted)
-    placed = units_of(chosen, learnt, kind.plan.reasons)
+    placed = units_of(chosen, recorded, kind.plan.reasons)
     kind.plan.learn([p.unit for p in placed], [p.chain for p in placed])
     kind.known = [(chosen, kind.plan.path)]
     kind.plan.path.firsts = [p.first for p in placed]
     dropped = (*drawn.dropped, *drawn.compressed, *inverted.saved)
-    kind.plan.path.dropped_at = frozenset(learnt.tape.saved[k][0] for k in dropped)
+    kind.plan.path.dropped_at = frozenset(recorded.tape.saved[k][0] for k in dropped)
     if proven:
         kind.plan.proven.update((-1, unit, ()) for unit in kind.plan.sequence)
 
@@ -186,7 +188,7 @@ def install(kind: BudgetKind, learnt: Learnt, drawn: Any, proven: bool = False, 
 @pytest.mark.parametrize("name", [*deep_but(["relu", "encoder", "in place", "lstm", "gru", "unet"], MODELS), "filling"])
 def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
     monkeypatch.setenv(native.CHOICE, watcher)
-    (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
+    (model, args, loss), fitted, kind, recorded = recorded_step(name, monkeypatch)
     want = state(model, lambda: loss(model(*args)))
     assert kind.chosen is not None
     draw, tried = random.Random(seed), 0
@@ -197,7 +199,7 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
         except LookupError:  # something of it does not come back
             continue
         tried += 1
-        install(kind, learnt, drawn)
+        install(kind, recorded, drawn)
         assert equal(state(model, lambda: loss(fitted(*args))), want)
         assert not kind.is_due
         assert not kind.plan.reasons, kind.plan.reasons
@@ -207,11 +209,11 @@ def test_any_plan_is_carried_out(name: str, watcher: str, monkeypatch: pytest.Mo
 
 def test_the_first_backward_compares_all_that_it_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "encoder", partial(encoder, layers=4))  # units of several stages
-    (model, args, loss), fitted, kind, learnt = learnt_step("encoder", monkeypatch)
+    (model, args, loss), fitted, kind, recorded = recorded_step("encoder", monkeypatch)
     assert kind.chosen is not None
-    kept = frozenset(v for v in kind.chosen.plan.needs.keepable if learnt.tape.values[v].op is None)
+    kept = frozenset(v for v in kind.chosen.plan.needs.keepable if recorded.tape.values[v].op is None)
     plan = kind.chosen.plan
-    install(kind, learnt, keeping(plan, kept, plan.block_of), proven=True)
+    install(kind, recorded, keeping(plan, kept, plan.block_of), proven=True)
     staged = [unit for unit in kind.plan.sequence if len(unit.unit.stages) > 2]
     assert staged
     spoilt: list[int] = []
@@ -239,11 +241,11 @@ def _step(fitted: nn.Module, args: Any, loss: Any) -> torch.Tensor:
 def test_couplings_are_inverted_beside_any_plan(name: str, watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them and fewer, with all else kept, and with a plan drawn for the rest."""
     monkeypatch.setenv(native.CHOICE, watcher)
-    (model, args, loss), fitted, kind, learnt = learnt_step(name, monkeypatch)
+    (model, args, loss), fitted, kind, recorded = recorded_step(name, monkeypatch)
     want = state(model, lambda: loss(model(*args)))
-    planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
+    planner = Planner(Needs(recorded.step), Costs().of(recorded.step), any_caller=True)
     kept_plan, counts, draw = kind.chosen, list[int](), random.Random(0)
-    for inverted, of_rest, _ in InvertedSteps(planner, learnt):
+    for inverted, of_rest, _ in InvertedSteps(planner, recorded):
         counts.append(len(inverted.units))
         assert kept_plan is not None
         kind.known = [(kept_plan._replace(plan=of_rest.plain[0], model=of_rest.model), kind.plan.path)]
@@ -255,7 +257,7 @@ def test_couplings_are_inverted_beside_any_plan(name: str, watcher: str, monkeyp
                 drawn = drawn_plan(kind, draw)
                 continue
             tried += 1
-            install(kind, learnt, drawn, inverted=inverted)
+            install(kind, recorded, drawn, inverted=inverted)
             for _ in range(3):
                 assert equal(state(model, lambda: loss(fitted(*args))), want)
             assert not kind.is_due and not kind.plan.reasons
@@ -277,9 +279,9 @@ def test_units_that_end_with_a_view_of_what_was_written_are_dropped(
 
 
 def test_no_plan_recomputes_across_couplings_that_are_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, _, _, learnt = learnt_step("bridged", monkeypatch)
-    planner = Planner(Needs(learnt.step), Costs().of(learnt.step), any_caller=True)
-    step = next(iter(InvertedSteps(planner, learnt)))
+    _, _, _, recorded = recorded_step("bridged", monkeypatch)
+    planner = Planner(Needs(recorded.step), Costs().of(recorded.step), any_caller=True)
+    step = next(iter(InvertedSteps(planner, recorded)))
     needs, everything = step.planner.needs, step.planner.plain[0]
     barred = frozenset(v for v in needs.keepable if needs.tape.made_by[v] in needs.barred)
     assert step.can_follow(everything)
@@ -290,7 +292,7 @@ def test_no_plan_recomputes_across_couplings_that_are_inverted(monkeypatch: pyte
 def test_a_tensor_is_not_taken_for_its_first_part(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks end with both, later ones recompute from them, and the forward leaves little but its output."""
     monkeypatch.setenv(native.CHOICE, watcher)
-    (model, args, loss), fitted, kind, learnt = learnt_step("splitting", monkeypatch)
+    (model, args, loss), fitted, kind, recorded = recorded_step("splitting", monkeypatch)
     want = state(model, lambda: loss(model(*args)))
     assert kind.chosen is not None
     plan = kind.chosen.plan
@@ -299,7 +301,7 @@ def test_a_tensor_is_not_taken_for_its_first_part(watcher: str, monkeypatch: pyt
     kept = frozenset(v for v in plan.needs.keepable if tape.made_by[v] is None)
     block_of = [bisect_left(activations, o) for o in range(tape.backward_start)]
     drawn = keeping(plan, kept, block_of)
-    install(kind, learnt, drawn)
+    install(kind, recorded, drawn)
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     assert measure_memory(partial(_step, fitted, args, loss)).kept <= 2 * args[0].nbytes
 
@@ -307,17 +309,17 @@ def test_a_tensor_is_not_taken_for_its_first_part(watcher: str, monkeypatch: pyt
 @pytest.mark.parametrize("watcher", ["native", "python"])
 def test_tensors_that_are_filled_part_by_part_can_be_kept(watcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(native.CHOICE, watcher)
-    (model, args, loss), fitted, kind, learnt = learnt_step("filling", monkeypatch)
+    (model, args, loss), fitted, kind, recorded = recorded_step("filling", monkeypatch)
     want = state(model, lambda: loss(model(*args)))
     assert kind.chosen is not None
-    plan, values = kind.chosen.plan, learnt.tape.values
+    plan, values = kind.chosen.plan, recorded.tape.values
     needs = plan.needs
-    numbers = {known: v for v, known in learnt.value_of.items()}
+    numbers = {known: v for v, known in recorded.value_of.items()}
     filled = frozenset(v for v in needs.keepable if values[numbers[v]].writes == 2)
     assert len(filled) == 4
     drawn = keeping(plan, filled, [0] * len(plan.block_of))
     foreseen = kind.chosen.model.load(drawn).peak
-    install(kind, learnt, drawn)
+    install(kind, recorded, drawn)
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     assert not kind.plan.reasons
     assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK

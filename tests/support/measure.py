@@ -56,7 +56,7 @@ class Residual(Couplings):
 
 
 def planning() -> None:
-    """None; prints the seconds that a first call takes."""
+    """Print the seconds of a first call."""
     cases: list[tuple[str, Callable[[int], nn.Module], int]] = [
         ("couplings of three operators", lambda n: Couplings(n, 8, 8), 16),
         ("couplings of ten operators", lambda n: Couplings(n, 8, 8, inline=True), 16),
@@ -132,7 +132,7 @@ PEERS: dict[str, Callable[[Any, Couplings], Callable[[Tensor], Tensor]]] = {"rev
 
 
 def step(repeats: int = 25) -> None:
-    """None; prints the median step time of each way, in one interleaved run."""
+    """Print the median step time of each way, in one interleaved run."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Couplings(12, 128, 512)

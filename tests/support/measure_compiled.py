@@ -77,7 +77,7 @@ def interleaved(model: nn.Module, ways: Mapping[str, Step], repeats: int = 25) -
 
 
 def budgets() -> None:
-    """None; prints the table of peaks and times."""
+    """Print the table of peaks and times."""
     for name, (model, x) in models().items():
         print(name)
         peaks = {b: peak_of(model, compiled(model, x, b)) for b in BUDGETS}
@@ -125,7 +125,7 @@ _names: list[str] = []
 
 
 def compiling() -> None:
-    """None; prints the seconds that the rewrite takes, beside those of the whole compilation."""
+    """Print the seconds that the rewrite takes, beside those of the whole compilation."""
     seconds: list[float] = []
     rewrite = partitioner.rewrite
 

@@ -13,6 +13,6 @@ IMPORTED = ["distributed_cases", "compiled_distributed_cases"]
 
 
 def run_in_processes(work: Callable[[int, int, str], None], world: int, folder: Path) -> None:
-    """None, once `work(rank, world, folder)` has returned in `world` processes."""
+    """Run `work(rank, world, folder)` in `world` processes, until all have returned."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(IMPORTED)
     start_processes(work, (world, str(folder)), nprocs=world, start_method="forkserver")

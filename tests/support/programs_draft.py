@@ -73,7 +73,7 @@ class Draft:
         return self.shape(name)[self.axis]
 
     def add_input(self, name: str, width: int, kind: str, needs_grad: bool = True) -> None:
-        """None; another argument of the program."""
+        """Add another argument to the program."""
         shape: tuple[int, ...] = (self.rows, width)
         if kind == "whole":
             shape = (self.rows,)

@@ -19,7 +19,7 @@ class Reporter:
         self.totals: dict[str, Counter[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """None; counts, and shows how far the run is."""
+        """Count a program, and show the progress of the run."""
         figures: Any = dict(report.user_properties).get(PROPERTY)
         terminal: Any = self.config.pluginmanager.get_plugin("terminalreporter")
         if report.when != "call" or figures is None or terminal is None:
@@ -30,7 +30,7 @@ class Reporter:
         terminal.write_line(f" {done} programs, failures = {failed} ({figures['way']}, seed {figures['seed']})")
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        """None; the figures of each way."""
+        """Print the figures of each way."""
         if not self.totals:
             return
         seed = self.config.getoption("programs_seed")
