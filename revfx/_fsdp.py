@@ -104,12 +104,14 @@ def is_freed(t: torch.Tensor) -> bool:
     return t.untyped_storage().nbytes() == 0 and t.numel() > 0
 
 
+def gather_weights(tensors: Iterable[torch.Tensor]) -> contextlib.AbstractContextManager[None]:
+    """Return a context in which freed weights are gathered; all processes have to do so."""
+    return _gathered(tensors) if in_use() else contextlib.nullcontext()
+
+
 @contextlib.contextmanager
-def gather_weights(tensors: Iterable[torch.Tensor]) -> Generator[None]:
-    """Open a context in which freed weights are gathered; all processes have to do so."""
-    freed = set[int]()
-    if in_use():
-        freed = {_torch.storage_key(t) for t in tensors if is_freed(t)}
+def _gathered(tensors: Iterable[torch.Tensor]) -> Generator[None]:
+    freed = {_torch.storage_key(t) for t in tensors if is_freed(t)}
     owners = _find_owners(freed) if freed else []
     for module in owners:
         module.unshard()

@@ -25,6 +25,7 @@ from revfx.codes.format import (
 
 
 ELEMENTS_PER_THREAD = 1 << 17  # to start a thread takes as long as some thousand elements
+BYTES_PER_ELEMENT = 32  # of a fingerprint, which takes so many in the time in which an element is coded
 KINDS = {None: 0, operator.sub: 1, operator.add: 2}
 FUSED: dict[tuple[torch.dtype, ...], int] = {
     (t, t): 0 for t in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
@@ -147,9 +148,9 @@ def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
 
 def fingerprint(t: Tensor) -> Tensor:
     """Return the fingerprint of a tensor of any dtype."""
-    bits = bits_of(t)
-    words = torch.empty(word_count(bits.element_size()), dtype=torch.int64)
-    library().revfx_fingerprint(
-        bits.data_ptr(), bits.numel(), bits.element_size(), words.data_ptr(), _threads(t.nbytes)
-    )
+    bits = _in_memory(t)
+    n, size = bits.numel(), bits.element_size()
+    words = torch.empty(word_count(size), dtype=torch.int64)
+    threads = _threads(n * size // BYTES_PER_ELEMENT)
+    library().revfx_fingerprint(bits.data_ptr(), n, size, words.data_ptr(), threads)
     return words

@@ -81,14 +81,12 @@ def aliases(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def version_counters(tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
     """Return of each tensor an empty one which goes on to count the writes to its memory, and the count now."""
-    found: list[tuple[Tensor, int]] = []
-    for t in tensors:
-        has_memory = _torch.is_plain(t) and not (t.is_nested or t.is_inference() or _torch.is_fake(t))
-        if has_memory and t.layout == torch.strided:
-            counter = alias(t)
-            counter.data = _empty(t.dtype, t.device)
-            found.append((counter, _torch.version(t)))
-    return found
+    counted = [t for t in tensors if _torch.is_plain(t) and not (_torch.is_fake(t) or t.is_nested or t.is_inference())]
+    counted = [t for t in counted if t.layout == torch.strided]
+    found = aliases(counted)
+    for counter in found:
+        counter.data = _empty(counter.dtype, counter.device)
+    return [(counter, _torch.version(counter)) for counter in found]
 
 
 def writes_uncounted(tensors: Iterable[Tensor]) -> Any:

@@ -59,8 +59,7 @@ def is_fingerprinted(t: Tensor) -> bool:
 
 def fingerprint(t: Tensor, is_rounded: bool = False) -> Fingerprint:
     """Take the fingerprint of a tensor; the host does not wait for the device."""
-    with torch.no_grad():
-        return Fingerprint(codes.fingerprint(t), t.dtype, is_rounded)
+    return Fingerprint(codes.fingerprint(t.detach() if t.requires_grad else t), t.dtype, is_rounded)
 
 
 def read(noted: Sequence[Comparison], counts: Sequence[Tensor]) -> tuple[bool, list[int]]:

@@ -184,6 +184,7 @@ class Unit:
             alive.update((coded.head, *coded.tail))
         alive.update(self.exit)
         alive.update(slot for slot, _ in self.facts)
+        alive.update(self.dropout_masks.values())  # autograd saves none in a frozen layer
         object.__setattr__(self, "alive", frozenset(alive))
         object.__setattr__(self, "exit_before_writes", tuple([self.same.get(slot, slot) for slot in self.exit]))
         backwards = self.held | self.given

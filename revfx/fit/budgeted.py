@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -132,13 +132,14 @@ class BudgetedModel:
         Raises:
             BudgetError: no plan for calls of this kind stays within the budget.
         """
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [x for x in leaves if isinstance(x, Tensor)]
         if is_watched() or runs_plain(tensors) or _torch.is_optimized(model):
             return forward(*args, **kwargs)
         if sees_the_engine():
             warn_of_hooks()
             return forward(*args, **kwargs)
-        key = self._key(model, args, kwargs)
+        key = self._key(model, leaves)
         if key in self.refused:
             raise self.refused[key]
         kind = self.kinds.get(key)
@@ -164,7 +165,7 @@ class BudgetedModel:
     def _seeing_parts(self, mode: Any) -> contextlib.AbstractContextManager[None]:
         return set_variable(part_observer, mode) if self.has_parts else contextlib.nullcontext()
 
-    def _key(self, model: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _key(self, model: nn.Module, leaves: Sequence[Any]) -> Any:
         """Return the key of the plan for a call.
 
         A plan serves smaller inputs and fewer trained parameters as well; the closest one is taken.
@@ -173,8 +174,7 @@ class BudgetedModel:
             self._parameters = [*map(weakref.ref, model.parameters())]
         parameters = [reference() for reference in self._parameters]
         trained = tuple([p is not None and p.requires_grad for p in parameters])
-        kind = call_kind(model, args, kwargs)
-        sizes = sizes_of(args, kwargs)
+        kind, sizes = call_kind(model, leaves), sizes_of(leaves)
         found: list[Any] = []
         for key in self.kinds:
             if key[0] == kind and all(map(covers, key[2], sizes)) and covers(key[1], trained):
@@ -200,7 +200,7 @@ class BudgetedModel:
             if plan.copies_ends:
                 watching.forward.before_write(ends, ())
         kind.ends = dispatch.version_counters(ends)
-        if sizes_of(args, kwargs) == key[2]:  # a smaller call may be shorter
+        if sizes_of(pytree.tree_leaves((args, kwargs))) == key[2]:  # a smaller call may be shorter
             path, matched = watching.forward.path, watching.forward.count
             if 2 * matched < path.most and not self.has_warned:
                 self.has_warned = True

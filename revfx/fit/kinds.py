@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from operator import ge
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from revfx.engine.plan import Path, Plan
 from revfx.fit.survey import Chosen
@@ -63,9 +62,12 @@ class BudgetKind:
             path.most = max(path.most, matched)
 
 
-def sizes_of(args: Any, kwargs: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of all tensors in arguments."""
-    return tuple([tuple(t.shape) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)])
+Sizes = tuple[tuple[int, ...], ...]
+
+
+def sizes_of(leaves: Iterable[Any]) -> Sizes:
+    """Return the shapes of the tensors among the leaves of arguments."""
+    return tuple([tuple(t.shape) for t in leaves if isinstance(t, Tensor)])
 
 
 def covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
@@ -73,7 +75,7 @@ def covers(large: tuple[int, ...], small: tuple[int, ...]) -> bool:
     return len(large) == len(small) and all(map(ge, large, small))
 
 
-def count_elements(sizes: tuple[tuple[int, ...], ...]) -> int:
+def count_elements(sizes: Sizes) -> int:
     """Return the elements of tensors of some shapes."""
     return sum(map(math.prod, sizes))
 

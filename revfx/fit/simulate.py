@@ -22,6 +22,7 @@ MORE = 2  # bytes per element that live while bits are encoded or decoded
 STATE_BYTES = 2**16  # at most, of random states that replays need
 RECORD_BYTES = 1024  # at most, of Python objects per dropped tensor
 OVERHEAD = 1e-5  # seconds of the host per operator that runs again
+UNIT_OVERHEAD = 1.5e-4  # seconds of the host per unit: to complete its match, to begin its replay, and to check it
 SOFT_PEAK_ORDER = 64  # of the norm
 
 Hold = Callable[[int, int, int | None], None]  # adds bytes from one slot up to another
@@ -81,6 +82,9 @@ class Units:
             spans.append((made_by or 0, max(made_by or 0, made - 1)))
         joined = join(spans)
         self._starts, self._ends = [first for first, _ in joined], [last for _, last in joined]
+
+    def __len__(self) -> int:
+        return len(self._starts)
 
     def _span(self, block: int, ops: list[int]) -> tuple[int, int]:
         """Return the first and the last of some operators, and of those in their block that they read from."""
@@ -207,6 +211,7 @@ class Model:
             dropped += [k for k in saved if k in plan.dropped]
         segments = [*plan.segments(dropped)]
         units = Units(plan, segments)
+        seconds += UNIT_OVERHEAD * len(units)
         for v in values:
             for k in self.needs.keepable[v]:
                 if k in plan.compressed and v not in plan.kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -153,7 +153,7 @@ class PlannedModel:
         """
         if _active.is_active:
             return forward(*args, **kwargs)
-        key = (name, *call_kind(model, args, kwargs))
+        key = (name, *call_kind(model, pytree.tree_leaves((args, kwargs))))
         kind = self.kinds.get(key)
         if kind is None or kind.is_due:
             with run_plainly_inside(), _fsdp.quiet_gathers(dispatch.unwatched):
@@ -258,10 +258,10 @@ def _schedule_next(kind: Kind, before: Kind | None, has_new_units: bool) -> None
         kind.wait = PATIENCE * before.wait + 1
 
 
-def call_kind(model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, ...]:
-    """Return the key of a kind of calls: the ambient state, and the arguments without their sizes."""
+def call_kind(model: nn.Module, leaves: Iterable[Any]) -> tuple[Any, ...]:
+    """Return the key of a kind of calls: the ambient state, and the leaves of the arguments without their sizes."""
     described: list[Any] = []
-    for x in pytree.tree_leaves((args, kwargs)):
+    for x in leaves:
         if isinstance(x, Tensor):
             described.append((x.dtype, x.layout, x.dim(), x.requires_grad, x.device))
         else:

@@ -45,14 +45,14 @@ def test_a_budget_that_was_missed_is_planned_for_anew(monkeypatch: pytest.Monkey
     fitted: Any = planned(model, x, memory=0.6)
     first = fit_of(fitted).plans[0]
     most, base = int(0.6 * first.summary.plain), 10_000
-    readings = iter([(base, 0), (base, base + most + 100_000)])
+    over = most - first.chosen.load.peak + 50 * 1024  # too much for this plan
+    readings = iter([(base, 0), (base, base + most + over)])
     monkeypatch.setattr(_torch, "allocated", lambda device: next(readings))
     model.zero_grad(set_to_none=False)
     want = state(model, lambda: square(model(x)))
-    with pytest.warns(RevfxWarning, match=r"took 97.7 KiB more than its budget"):
+    with pytest.warns(RevfxWarning, match=rf"took {over / 1024:.1f} KiB more than its budget"):
         got = state(model, lambda: square(fitted(x)))
     assert equal(got, want)
     monkeypatch.setattr(_torch, "allocated", lambda device: None)
     assert equal(state(model, lambda: square(fitted(x))), want)
-    assert first.chosen.load.peak > most - 100_000
-    assert fit_of(fitted).plans[0].chosen.load.peak <= most - 100_000
+    assert fit_of(fitted).plans[0].chosen.load.peak <= most - over

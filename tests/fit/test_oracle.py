@@ -89,8 +89,9 @@ def needs_of(name: str) -> Needs:
 
 @pytest.fixture(autouse=True)
 def bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a bit in the place of an element takes."""
+    """Set the cost of a bit in the place of an element; units cost nothing, as the optimum has none."""
     monkeypatch.setattr(simulate, "bit_seconds", lambda device: 4e-10)
+    monkeypatch.setattr(simulate, "UNIT_OVERHEAD", 0.0)
 
 
 def budget_between(planner: Planner, part: float) -> int:
