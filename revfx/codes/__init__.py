@@ -17,10 +17,18 @@ from __future__ import annotations
 
 from revfx.codes.codec import Codec
 from revfx.codes.format import WIDTHS, Code, Prediction, predict
-from revfx.codes.implementations import count_escapes, decode, encode, fingerprint, implementation
+from revfx.codes.implementations import (
+    count_escapes,
+    decode,
+    encode,
+    fingerprint,
+    implementation,
+    pack_marks,
+    unpack_marks,
+)
 
 
 __all__ = [
     "WIDTHS", "Code", "Codec", "Prediction", "count_escapes", "decode", "encode", "fingerprint", "implementation",
-    "predict",
+    "pack_marks", "predict", "unpack_marks",
 ]  # fmt: skip

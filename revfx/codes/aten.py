@@ -18,10 +18,15 @@ from revfx.codes.format import (
     Code,
     Prediction,
     bits_of,
+    marks_of,
     packed_bytes,
     tensor_of,
     with_layout_of,
 )
+from revfx.layout import flatten_storage
+
+
+_GATHER = 0x0102040810204080  # the sum of 2^(7k): a product moves the lowest bits of eight bytes into the highest byte
 
 
 def encode(x: Tensor, prediction: Prediction, width: int, capacity: int | None = None) -> Code:
@@ -64,6 +69,26 @@ def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
 def fingerprint(t: Tensor) -> Tensor:
     """Return the fingerprint of a tensor of any dtype."""
     return _fingerprint(bits_of(t))
+
+
+def pack_marks(t: Tensor, positive: bool = False) -> Tensor:
+    """Return one bit per element of a tensor; see `revfx.codes.pack_marks`."""
+    bits = flatten_storage(marks_of(t, positive)).view(torch.uint8)
+    if bits.numel() % 8:
+        bits = torch.cat((bits, bits.new_zeros(-bits.numel() % 8)))
+    return bits.view(torch.int64).mul_(_GATHER).bitwise_right_shift_(56).to(torch.uint8)
+
+
+def unpack_marks(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros and ones from their bits; see `revfx.codes.unpack_marks`."""
+    return _bits_of_bytes(packed.device).index_select(0, packed.int()).view(torch.uint8)[:elements].to(dtype)
+
+
+@functools.cache
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """Return, for each value of a byte, its bits as eight bytes in an int64."""
+    bits = torch.arange(256, dtype=torch.uint8, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return bits.to(torch.uint8).view(torch.int64).flatten()
 
 
 def ordered(bits: Tensor) -> Tensor:

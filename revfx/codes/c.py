@@ -18,6 +18,7 @@ from revfx.codes.format import (
     allocate_result,
     bits_of,
     groups_of,
+    marks_of,
     packed_bytes,
     with_layout_of,
     word_count,
@@ -26,13 +27,14 @@ from revfx.codes.format import (
 
 ELEMENTS_PER_THREAD = 1 << 17  # to start a thread takes as long as some thousand elements
 BYTES_PER_ELEMENT = 32  # of a fingerprint, which takes so many in the time in which an element is coded
+MARKS_PER_ELEMENT = 8  # the same for marks that are packed or unpacked
 KINDS = {None: 0, operator.sub: 1, operator.add: 2}
 FUSED: dict[tuple[torch.dtype, ...], int] = {
     (t, t): 0 for t in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 }
 FUSED[torch.float32, torch.bfloat16] = 4  # by dtypes: a flag of the library, besides the kind
 POINTER, INT, INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-VERSION = 1  # of the library's functions; it goes up with every change of their arguments
+VERSION = 2  # of the library's functions; it goes up with every change of their arguments
 SIGNATURES: dict[str, tuple[Any, ...]] = {  # results and arguments
     "revfx_version": (INT,),
     "revfx_encode": (POINTER, INT, INT, INT, INT64, *[POINTER] * 7, INT),
@@ -40,6 +42,8 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {  # results and arguments
     "revfx_decode": (None, INT, INT, INT, INT64, *[POINTER] * 8, INT),
     "revfx_count": (None, INT, INT, INT64, *[POINTER] * 4, INT),
     "revfx_fingerprint": (None, POINTER, INT64, INT, POINTER, INT),
+    "revfx_pack_marks": (None, INT, INT, INT64, POINTER, POINTER, POINTER, INT),
+    "revfx_unpack_marks": (None, INT, INT64, POINTER, POINTER, POINTER, INT),
 }
 
 
@@ -154,3 +158,41 @@ def fingerprint(t: Tensor) -> Tensor:
     threads = _threads(n * size // BYTES_PER_ELEMENT)
     library().revfx_fingerprint(bits.data_ptr(), n, size, words.data_ptr(), threads)
     return words
+
+
+def pack_marks(t: Tensor, positive: bool = False) -> Tensor:
+    """Return one bit per element of a tensor; see `revfx.codes.pack_marks`."""
+    if t.dtype.is_complex or t.element_size() == 1:
+        t = marks_of(t, positive)
+    x, limits = _in_memory(t), _limits(t.dtype)
+    n = x.numel()
+    packed = torch.empty(-(-n // 8), dtype=torch.uint8)
+    library().revfx_pack_marks(
+        x.element_size(), positive, n, x.data_ptr(), limits.data_ptr(), packed.data_ptr(),
+        _threads(n // MARKS_PER_ELEMENT),
+    )  # fmt: skip
+    return packed
+
+
+def unpack_marks(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros and ones from their bits; see `revfx.codes.unpack_marks`."""
+    out = torch.empty(elements, dtype=torch.uint8 if dtype.is_complex else dtype)
+    one, threads = _one(out.dtype), _threads(elements // MARKS_PER_ELEMENT)
+    library().revfx_unpack_marks(
+        out.element_size(), elements, packed.data_ptr(), one.data_ptr(), out.data_ptr(), threads
+    )
+    return out.to(dtype)
+
+
+@functools.cache
+def _one(dtype: torch.dtype) -> Tensor:
+    return torch.ones(1, dtype=dtype)
+
+
+@functools.cache
+def _limits(dtype: torch.dtype) -> Tensor:
+    """Return the bits of a number but for the sign, and those of infinity; all bits of a whole number."""
+    if not dtype.is_floating_point:
+        return torch.full((2,), -1, dtype=torch.int64).view(dtype)
+    infinity = torch.tensor([torch.inf], dtype=dtype).view(INTEGER[dtype.itemsize])
+    return torch.stack((torch.full_like(infinity, torch.iinfo(infinity.dtype).max), infinity))

@@ -142,6 +142,14 @@ static void run(const Job *job, void (*function)(Part *), Part *parts, int threa
     }
 }
 
+/* A product moves the lowest bits of eight bytes into the highest byte: the sum of 2^(7k). */
+INLINE uint8_t gathered(uint64_t eight) { return (uint8_t)(eight * 0x0102040810204080u >> 56); }
+
+/* The reverse: the sum of 2^(7k) for k to 7, but the highest bit would meet the next lowest one. */
+INLINE uint64_t spread(uint8_t byte) {
+    return ((byte & 0x7Fu) * 0x0002040810204081u & 0x0101010101010101u) | (uint64_t)(byte >> 7) << 56;
+}
+
 /* Which NaN a sum of two gives is the compiler's choice, so it is always the same one. */
 INLINE void predict_16(int kind, const any_16 *a, const void *second, any_16 *p) {
     const any_16 *b = second;
@@ -197,6 +205,39 @@ TARGETS static void fingerprint_part(Part *part) {
     if (at < end) part->total = fingerprint_of((const char *)job->x + at, end - at, at / (4 * ROW));
 }
 
+/* Pack zeros and ones, a byte each, as bits. */
+TARGETS static void pack_bools_part(Part *part) {
+    const Job *job = part->job;
+    int64_t end = part->last * GROUP < job->n ? part->last * GROUP : job->n;
+    for (int64_t at = part->first * GROUP; at < end; at += 8) {
+        uint64_t eight = 0;
+        memcpy(&eight, (const char *)job->x + at, end - at < 8 ? end - at : 8);
+        job->packed[at / 8] = gathered(eight);
+    }
+}
+
+/* Write elements that are zero or `values[0]`, by their bits. */
+#define UNPACK(SIZE)                                                                                        \
+    TARGETS static void unpack_part_##SIZE(Part *part) {                                                    \
+        const Job *job = part->job;                                                                         \
+        const uint##SIZE##_t one = *(const any_##SIZE *)job->values;                                        \
+        int64_t end = part->last * GROUP < job->n ? part->last * GROUP : job->n;                            \
+        for (int64_t at = part->first * GROUP; at < end; at += BLOCK) {                                     \
+            int n = end - at < BLOCK ? (int)(end - at) : BLOCK;                                             \
+            any_##SIZE *restrict out = (any_##SIZE *)job->out + at;                                         \
+            uint8_t marks[BLOCK];                                                                           \
+            for (int i = 0; 8 * i < n; i++) {                                                               \
+                uint64_t eight = spread(job->packed[at / 8 + i]);                                           \
+                memcpy(marks + 8 * i, &eight, 8);                                                           \
+            }                                                                                               \
+            for (int i = 0; i < n; i++) out[i] = marks[i] ? one : 0;                                        \
+        }                                                                                                   \
+    }
+UNPACK(8)
+UNPACK(16)
+UNPACK(32)
+UNPACK(64)
+
 #define BY_SIZE(size, f) ((size) == 2 ? f##_16 : (size) == 4 ? f##_32 : f##_64)
 
 static int limited(int threads) { return threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads; }
@@ -218,7 +259,7 @@ EXPORT void revfx_take(void *found, int size, char *values, uint16_t *places) {
 }
 
 /* Return the version of these functions: c.py takes no library with another one. */
-EXPORT int revfx_version(void) { return 1; }
+EXPORT int revfx_version(void) { return 2; }
 
 /* Write packed distances, spans, a fingerprint of x to `words`, and the number of escapes. Return the handle that `revfx_take`
  * moves these from to where they stay; NULL if there was no memory for them. */
@@ -285,6 +326,22 @@ EXPORT void revfx_fingerprint(const void *t, int64_t n, int size, int64_t *words
     sample(t, n, size, words);
 }
 
+/* Pack one bit for each of n elements: whether it is not zero; if `positive`, whether it is positive or no number.
+ * `limits` are two elements: the bits of a number but for its sign, and those of infinity. Of one byte: zeros and ones. */
+EXPORT void revfx_pack_marks(int size, int positive, int64_t n, const void *x, const void *limits, uint8_t *packed,
+                             int threads) {
+    Job job = {.kind = positive, .n = n, .x = x, .values = limits, .packed = packed};
+    Part parts[MAX_THREADS];
+    run(&job, size == 1 ? pack_bools_part : BY_SIZE(size, pack_part), parts, limited(threads));
+}
+
+/* Write n elements of some bytes: zeros, and copies of the element `one` where a bit is set. */
+EXPORT void revfx_unpack_marks(int size, int64_t n, const uint8_t *packed, const void *one, void *out, int threads) {
+    Job job = {.n = n, .packed = (uint8_t *)packed, .values = one, .out = out};
+    Part parts[MAX_THREADS];
+    run(&job, size == 1 ? unpack_part_8 : BY_SIZE(size, unpack_part), parts, limited(threads));
+}
+
 #else /* --- for one size of elements */
 
 /* Return bits so that they are ordered as the numbers are: of negative ones, all but the sign turn. */
@@ -347,7 +404,7 @@ INLINE void NAMED(escape)(const ELEMENT *restrict d, int width, const ELEMENT *x
         uint64_t found = 0, eight;
         for (int i = 0; i < 8; i++) { /* of eight bytes, the lowest bits come to lie beside each other */
             memcpy(&eight, beyond + first + 8 * i, 8);
-            found |= ((eight * 0x0102040810204080u) >> 56) << (8 * i);
+            found |= (uint64_t)gathered(eight) << (8 * i);
         }
         for (; found; found &= found - 1) {
             int i = first + __builtin_ctzll(found);
@@ -450,6 +507,28 @@ TARGETS static void NAMED(count_part)(Part *part) {
             counts[3] += d[i] > 255;
         }
         for (int w = 0; w < 4; w++) part->counts[w] += counts[w];
+    }
+}
+
+TARGETS static void NAMED(pack_part)(Part *part) {
+    const Job *job = part->job;
+    const ELEMENT *restrict limits = job->values;
+    const ELEMENT magnitude = limits[0], infinity = limits[1];
+    int64_t end = part->last * GROUP < job->n ? part->last * GROUP : job->n;
+    for (int64_t at = part->first * GROUP; at < end; at += BLOCK) {
+        int n = end - at < BLOCK ? (int)(end - at) : BLOCK;
+        const ELEMENT *restrict x = (const ELEMENT *)job->x + at;
+        uint8_t marks[BLOCK];
+        uint64_t eight;
+        if (n < BLOCK) memset(marks, 0, sizeof marks);
+        if (job->kind)
+            for (int i = 0; i < n; i++) marks[i] = ((SIGNED)x[i] > 0) | ((ELEMENT)(x[i] & magnitude) > infinity);
+        else
+            for (int i = 0; i < n; i++) marks[i] = (ELEMENT)(x[i] & magnitude) != 0;
+        for (int i = 0; 8 * i < n; i++) {
+            memcpy(&eight, marks + 8 * i, 8);
+            job->packed[at / 8 + i] = gathered(eight);
+        }
     }
 }
 

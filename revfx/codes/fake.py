@@ -50,3 +50,13 @@ def empty_code(like: Tensor, n: int, width: int, escapes: int) -> Code:
         places=like.new_empty(escapes, dtype=torch.int16),
         words=like.new_empty(word_count(size), dtype=torch.int64),
     )
+
+
+def pack_marks(t: Tensor, positive: bool = False) -> Tensor:
+    """Return one bit per element of a tensor; see `revfx.codes.pack_marks`."""
+    return t.new_empty(-(-t.numel() // 8), dtype=torch.uint8)
+
+
+def unpack_marks(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return zeros and ones from their bits; see `revfx.codes.unpack_marks`."""
+    return packed.new_empty(elements, dtype=dtype)

@@ -133,6 +133,11 @@ def bits_of(t: Tensor) -> Tensor:
     return flatten_storage(t).contiguous().as_strided((t.numel(),), (1,)).view(INTEGER[t.element_size()])
 
 
+def marks_of(t: Tensor, positive: bool) -> Tensor:
+    """Return whether each element is not zero; instead, whether it is positive or NaN."""
+    return (t <= 0).logical_not_() if positive else t != 0
+
+
 def tensor_of(bits: Tensor, like: Tensor) -> Tensor:
     """Return the tensor with these bits and the layout of `like`; a contiguous one if that is not dense."""
     t = bits.view(like.dtype)

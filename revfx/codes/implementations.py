@@ -90,3 +90,18 @@ def count_escapes(x: Tensor, prediction: Prediction) -> list[int]:
 def fingerprint(t: Tensor) -> Tensor:
     """Return the fingerprint of a tensor of any dtype, `words` of `format.py`; the host does not wait."""
     return _implementation(t).fingerprint(t)
+
+
+def pack_marks(t: Tensor, positive: bool = False) -> Tensor:
+    """Return one bit per element of a tensor, in the order of memory: whether it is not zero.
+
+    Args:
+        t: any dense tensor.
+        positive: instead, whether it is positive or NaN.
+    """
+    return _implementation(t).pack_marks(t, positive)
+
+
+def unpack_marks(packed: Tensor, elements: int, dtype: torch.dtype) -> Tensor:
+    """Return a flat tensor of `elements` ones and zeros from their bits."""
+    return _implementation(packed).unpack_marks(packed, elements, dtype)

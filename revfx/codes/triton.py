@@ -18,6 +18,7 @@ from revfx.codes.format import (
     allocate_result,
     bits_of,
     groups_of,
+    marks_of,
     packed_bytes,
     with_layout_of,
     word_count,
@@ -144,9 +145,9 @@ def fingerprint(t: Tensor) -> Tensor:
     return words
 
 
-def pack_marks(marks: Tensor) -> Tensor:
-    """Return booleans, in the order of memory, as bits in bytes, like `revfx.codes.bits.encode`."""
-    marked = bits_of(marks)
+def pack_marks(t: Tensor, positive: bool = False) -> Tensor:
+    """Return one bit per element of a tensor; see `revfx.codes.pack_marks`."""
+    marked = bits_of(marks_of(t, positive))
     n = marked.numel()
     packed = marked.new_empty(-(-n // 8))
     _launch(kernels.pack_group_marks, marked, marked, packed, n)

@@ -251,7 +251,8 @@ class UnitCall:
             self.values.clear()
             self.stage = 0
         while self.stage < len(stages) and (slot < 0 or slot not in self.values):
-            self._borrow(stages[self.stage])
+            if self.borrowed:
+                self._borrow(stages[self.stage])
             self._run(stages[self.stage])
             for entry, (lender, exit) in self.borrowed.items():
                 if self.unit.last_loan.get(entry) == self.stage:

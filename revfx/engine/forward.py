@@ -338,10 +338,10 @@ class Forward:
                     call.taken.add(slot)
         self.addresses, self._latest_exits = [], []
         for held in exits:
-            exit = Exit(weakref.ref(held.tensor), call, held.slot, held.version)
+            storage, place = None, ()
             if call.unit.gives_exit and held.memory is not None:
-                storage = weakref.ref(held.tensor.untyped_storage())
-                exit = exit._replace(storage=storage, place=place_of(held.tensor))
+                storage, place = weakref.ref(held.tensor.untyped_storage()), place_of(held.tensor)
+            exit = Exit(weakref.ref(held.tensor), call, held.slot, held.version, storage, place)
             self._exits[id(held.tensor)] = exit
             self._latest_exits.append(id(held.tensor))
             if held.address is not None:

@@ -35,7 +35,12 @@ def is_writer(func: Any) -> bool:
 
 def changes_versions(func: Any) -> bool:
     """Return whether version counters change as an operator returns: it writes, or a view takes over its base's."""
-    return is_overload(func) and (is_writer(func) or may_alias(func))
+    return is_overload(func) and _changes_versions(func)
+
+
+@cache
+def _changes_versions(func: Any) -> bool:
+    return is_writer(func) or may_alias(func)
 
 
 @cache

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from codes_cases import FLOATS, LENGTHS, assert_alike, assert_same, bits, cases, special
@@ -50,6 +51,23 @@ def test_c_makes_the_bytes_of_the_reference_and_each_decodes_both(dtype: torch.d
                         back, words = by.decode(prediction, code)
                         assert_same(back, x, at)
                         assert torch.equal(words, want.words), at
+
+
+@pytest.mark.parametrize("by", IMPLEMENTATIONS)
+@pytest.mark.usefixtures("two_threads")
+def test_marks_tell_what_is_not_zero_or_what_is_positive(by: Any) -> None:
+    many = 2 * c.MARKS_PER_ELEMENT * c.ELEMENTS_PER_THREAD + 13  # two threads in C
+    edges = torch.tensor([0.0, -0.0, 1.0, -1.0, torch.inf, -torch.inf, torch.nan, -torch.nan, 1e-40, -1e-40])
+    for dtype in (torch.bool, torch.int16, torch.int64, *FLOATS):
+        for n in (0, 1, 7, 8, 2049, many if dtype == torch.float32 else 777):
+            t = edges[torch.randint(0, 4 if dtype.itemsize == 1 or not dtype.is_floating_point else 10, (n,))].to(dtype)
+            for positive, want in ((False, t != 0), (True, ~(t <= 0))):
+                packed = by.pack_marks(t, positive)
+                assert_same(packed, torch.from_numpy(np.packbits(want.numpy(), bitorder="little")))
+                for other in (torch.bool, torch.float16, torch.float32, torch.float64, torch.complex64):
+                    assert_same(by.unpack_marks(packed, n, other), want.to(other))
+    rows = torch.randn(33, 17).t()  # dense, in another order
+    assert_same(by.unpack_marks(by.pack_marks(rows, True), rows.numel(), torch.bool), (rows.t() > 0).flatten())
 
 
 @pytest.mark.parametrize("by", IMPLEMENTATIONS)
