@@ -51,6 +51,7 @@ class Forward:
         unsettled: a call whose last operator has not returned, and then changes version counters.
         addresses: the addresses of the exits of the latest call.
         has_left: whether the forward has left all paths; `leaving` is called then.
+        holders: by storage, the calls that hold tensors in it.
         kept_cuts: by chain, the number of entries and exits of units that are held.
         path: the path that the forward follows so far.
         others: paths that it may switch to.
@@ -65,7 +66,7 @@ class Forward:
         self.addresses: list[int] = []
         self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
         self._calls: list[UnitCall] = []
-        self._holders: dict[int, list[UnitCall]] = {}  # by storage: the calls that hold tensors in it
+        self.holders: dict[int, list[UnitCall]] = {}
         self._exits: dict[ExitKey, Exit] = {}  # by the id of a tensor, and by its address and shape
         self._latest_exits: list[ExitKey] = []  # the keys there of the latest call
 
@@ -156,7 +157,7 @@ class Forward:
                 continue
             for match in active:
                 match.copy_held(key)
-            copy_held(self._holders.pop(key, ()), key)
+            copy_held(self.holders.pop(key, ()), key)
 
     @_torch.never_compiled
     def settle(self) -> None:
@@ -201,7 +202,7 @@ class Forward:
     def end(self) -> None:
         """Forget the tensors of the forward, and count the cuts that are kept."""
         self.settle()
-        self._exits, self._holders = {}, {}
+        self._exits, self.holders = {}, {}
         for call in self._calls:
             chain = self.path.chain(call.site)
             held = (not call.inverts) + any(slot not in call.links for slot in call.exits)
@@ -256,7 +257,7 @@ class Forward:
         memory.update(held.memory for held in exits if held.memory is not None and held.slot in call.exits)
         memory.update(key for c in unit.coded if c.head in call.given and (key := memory_of(call.given[c.head])))
         for key in memory:
-            self._holders.setdefault(key, []).append(call)
+            self.holders.setdefault(key, []).append(call)
         self.unsettled = call if changes_versions(unit.ops[-1].func) else None
         self.count += 1
         if earlier or matched is self.expected:  # an unexpected unit without a link does not tell the position

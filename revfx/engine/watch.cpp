@@ -246,7 +246,13 @@ class Watcher : public Observer {
     for (const Tensor& t : written)
       for (Running& r : running_)
         if (memory_of(t)) r.match.copy_held(unit(r), memory_of(t));
-    if (has_calls_) call_python(0, [&] { forward().attr("before_write")(py::cast(written), py::tuple()); });
+    if (!has_calls_) return;
+    call_python(0, [&] {
+      auto holders = forward().attr("holders").cast<py::dict>();
+      bool is_held = std::any_of(written.begin(), written.end(),
+                                 [&](const Tensor& t) { return holders.contains(number_of(memory_of(t))); });
+      if (is_held) forward().attr("before_write")(py::cast(written), py::tuple());
+    });
   }
 
   // Run the operator that the one match expects.
