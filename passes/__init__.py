@@ -1,1 +1,4 @@
-"""Pure graph passes: arcs, closure, cuts, regions and schedules, over frozen data. No autograd here."""
+"""The graph passes, imported as `revfx.passes`: what of a program can be inverted, and in which order.
+
+`program.py` has the data that all of them share. Nothing here runs autograd.
+"""

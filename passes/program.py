@@ -2,7 +2,7 @@
 
 A program is one straight line of operations. A *value* is the result of an operation, an input of the program or
 a source (parameter, buffer, constant). An *arc* is one way to obtain a value (its head) from others (its tail).
-Every operation is a forward arc from its inputs to its outputs. Some operations have inverse arcs as well.
+An operation leads from its inputs to its outputs; an `Arc` is an inverse, which some operations have.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ class Program:
 
     @cached_property
     def always(self) -> set[int]:
-        """Values that are known in any case: constants, and values that may be kept without an inverse."""
+        """Values that are known in any case: constants, and heads of arcs that read nothing."""
         found = {v for v, is_constant in enumerate(self.constant) if is_constant}
         for op in self.ops:
             for arc in op.arcs:

@@ -1,4 +1,4 @@
-"""Regions: maximal runs of steps with activations that are freed, and the places where the search got stuck."""
+"""Regions: runs of steps whose activations can be freed, and the places where the search got stuck."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from revfx.passes.cuts import PATIENCE, DeadEnd, SearchCounts, Step, find_step, 
 from revfx.passes.program import Program
 
 
-MAX_RETRIES = 8  # starts of a search within operations that an earlier search passed over
-MAX_RERUNS = 32  # starts one operation further up, in the head and the loss of a model with its input as the target
+MAX_RETRIES = 8  # searches that begin among operations which an earlier search passed over
+MAX_RERUNS = 32  # searches that begin one operation earlier than the last one: of losses that read the input, too
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
     """A run of steps in program order. It keeps its first and last cut, `saved` values and `side` inputs.
 
-    `kept_bytes` is the size of these; `freed_bytes` is a lower bound of the bytes that the backward regenerates.
+    `kept_bytes` is the size of these; `freed_bytes` is the sum over its steps of the allocations that each makes.
     """
 
     steps: tuple[Step, ...]
@@ -92,7 +92,8 @@ class Walk:
 def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[DeadEnd, ...]]:
     """Find the regions of a program.
 
-    A region must free more bytes than it keeps. The search ends after `patience` operations if it has found no region.
+    A region must free more bytes than it keeps, without those of its largest step, which is there at once. The search
+    ends after `patience` operations (None: it does not) if it has found no region.
 
     Returns:
         The regions in order, and the stuck points between them (nearest the end first). If there are no regions, the
@@ -143,7 +144,7 @@ def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[R
 
 
 def _last_reader(program: Program, step: Step, stop: int) -> int:
-    """Return the last operation below the first one of a step and before `stop` that reads the step's entry, or -1."""
+    """Return the last operation after the first one of a step and before `stop` that reads the step's entry, or -1."""
     last = -1
     for v in step.entry:
         for user in program.users[v]:
@@ -259,7 +260,7 @@ def _shared_values(program: Program, step: Step, side: frozenset[int]) -> Iterat
 
 
 def _peak_bytes(program: Program, walk: Walk, start: int) -> int:
-    """Return the objective: the bytes of kept values, of the largest step, and of values above it from `start` on."""
+    """Return the bytes to be small: kept values, the largest step, and values from `start` to the first inverse."""
     kept = set(walk.side)
     for step in walk.steps:
         kept.update(step.saved)
@@ -348,13 +349,13 @@ def _make_region(program: Program, walk: Walk) -> Region | None:
             by_inverses.append(freed)
     if sum(by_inverses) - max(by_inverses) <= kept_bytes:
         return None
-    if all(_is_cheap_only(program, step) for step in steps if step.is_inverted):
+    if all(_is_not_worthwhile(program, step) for step in steps if step.is_inverted):
         return None
     return Region(steps, tuple(saved), side, kept_bytes, freed_bytes)
 
 
 def _drop_rerunning(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Drop steps at the start until no step reruns operations above the first one, which runs forwards."""
+    """Drop steps at the start until no later step reruns operations from before the region."""
     i = len(steps) - 1
     while i > 0:
         if steps[i].first_run < steps[0].start:
@@ -364,11 +365,11 @@ def _drop_rerunning(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     return steps
 
 
-def _is_cheap_only(program: Program, step: Step) -> bool:
+def _is_not_worthwhile(program: Program, step: Step) -> bool:
     """Return whether a step continues a region from coupling to coupling, but is not worth a region of its own.
 
     Either it inverts without computing anything, as in the parts of an activation written as several operators. Or
-    codes must correct everything that it inverts, as for matrices and `tanh`.
+    none of its inverses does without a code, unless it is exact, as for matrices and `tanh`.
     """
     computes = any(isinstance(d, Forward) for d in needed(program, step.derive, step.entry))
     return not computes or all(arc.coded for arc in step.arcs if not arc.exact)

@@ -37,7 +37,7 @@ NEVER = 2**62  # an operator number that no forward reaches
 
 
 def drops(unit: Unit) -> bool:
-    """Return whether a unit drops tensors and may be matched by itself; a single operator would match everywhere."""
+    """Return whether a unit drops tensors and may begin anywhere: one of a single, usual operator would everywhere."""
     return bool(unit.droppable) and (len(unit.ops) > 1 or any(isinstance(op.func, Whole) for op in unit.ops))
 
 
@@ -48,7 +48,7 @@ class Forward:
         count: the number of units that matched.
         position: the position in the path of the unit that is expected next.
         coded_bytes: bytes of the codes.
-        unsettled: a call whose last operator has not returned, and then changes version counters.
+        unsettled: the latest call, while its last operator still runs, if that changes version counters.
         addresses: the addresses of the exits of the latest call.
         has_left: whether the forward has left all paths; `leaving` is called then.
         holders: by storage, the calls that hold tensors in it.
@@ -78,7 +78,7 @@ class Forward:
 
     @property
     def expected_at(self) -> int:
-        """The number of the operator at which that unit begins; -1 if it may begin anywhere."""
+        """The number of the operator at which that unit begins: -1 if it may anywhere, `NEVER` without one."""
         firsts = self.path.firsts
         if not firsts:
             return -1
@@ -95,7 +95,7 @@ class Forward:
 
     @_torch.never_compiled
     def switch_path(self, number: int) -> bool:
-        """Switch to another path with a unit that begins at an operator or later; return whether there is one."""
+        """Switch to another path with a unit that begins at an operator or later; without one, the forward has left."""
         while self.others:
             self.path = self.others.pop(0)
             self.position = bisect_left(self.path.firsts, number)
@@ -120,8 +120,7 @@ class Forward:
     def may_begin(self, match: Match) -> bool:
         """Return whether a matched first operator may be the beginning of its unit.
 
-        The expected unit may. Another one has to continue a chain, or to drop tensors and have several operators:
-        single views and sums would match everywhere.
+        The expected unit may. Another one has to continue a chain, or must be no single view or sum; see `drops`.
         """
         unit = match.of.unit
         if match.of is self.expected or drops(unit):
@@ -145,8 +144,9 @@ class Forward:
         if self._exits and t.layout == torch.strided and _torch.is_plain(t):
             known = self._exits.get((address(t) or 0, t.shape))
             if known is not None and known.shows(t):
-                exit = known.tensor()
-                return known if known.version in (_torch.version(t if exit is None else exit), version) else None
+                holder = known.tensor()
+                now = _torch.version(t if holder is None else holder)
+                return known if known.version in (now, version) else None  # as it is, or as the unit read it
         return None
 
     @_torch.never_compiled
@@ -211,7 +211,7 @@ class Forward:
 
     @_torch.never_compiled
     def complete(self, match: Match) -> None:
-        """Drop the saved tensors of a unit that matched to its end."""
+        """Make a call of a unit that matched to its end, link it with its neighbours, and drop its saved tensors."""
         matched, unit = match.of, match.of.unit
         if self.others and matched is not self.expected:
             self._switch_to(match)
@@ -223,8 +223,7 @@ class Forward:
         if not unit.gives_exit:  # couplings link to couplings only
             earlier = [link for link in earlier if not link[1].unit.gives_exit]
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
-        call.site, call.kept = site, matched.kept
-        call.observer = observer.get()
+        call.site, call.kept, call.observer = site, matched.kept, observer.get()
         if self.plan.notes_settings:
             call.settings = _torch.kernel_settings()
         call.inverts = unit.backward is not None and bool(earlier)
@@ -240,14 +239,14 @@ class Forward:
             call.exits = {held.slot: (held.alias, held.version) for held in exits}
         # Prove the first call of each kind before anything is dropped.
         kind = (-1 if unit.gives_exit else site), matched, tuple([code is None for code in call.codes])
-        is_proven = kind in self.plan.proven or dispatch.on_fakes.get()
-        if not is_proven and not prove_call(matched, call, match, self.plan.reasons):
-            return
+        if kind not in self.plan.proven and not dispatch.on_fakes.get():
+            if not prove_call(matched, call, match, self.plan.reasons):
+                return
+            self.plan.proven.add(kind)
         # Link the call with its neighbours, and drop its saved tensors.
         if unit.gives_exit:
             for slot, lender, exit in earlier:
                 call.borrow(slot, lender, exit)
-        self.plan.proven.add(kind)
         self._link(call, earlier, exits)
         self._fingerprint(call, earlier, match)
         if call.observer is not None:
@@ -284,7 +283,7 @@ class Forward:
         return found
 
     def _encode(self, matched: UnitPlan, call: UnitCall, match: Match, site: int) -> None:
-        """Encode the corrections of inverses; hold tensors that are smaller than their codes."""
+        """Encode the corrections of inverses; hold a tensor whose code is no smaller, or whose inverse fails."""
         for number, coded in enumerate(matched.unit.coded):
             x = match.operand(coded.head)
             key = site, matched, number
@@ -370,9 +369,10 @@ class Forward:
         call.pending[slot] = call.pending.get(slot, 0) + 1
 
     def _fingerprint(self, call: UnitCall, earlier: list[tuple[int, UnitCall, int]], match: Match) -> None:
-        """Note fingerprints of the last tensor that a replay computes: it depends on all replays before it.
+        """Note few fingerprints, as each tensor depends on all that was replayed before it: of the last saved tensor.
 
-        Every result of a staged unit has a fingerprint until one backward has found all of them equal.
+        All tensors of a budget's unit have one until a backward has found them equal. Codes have their own. The first
+        call of a chain that inverts has one of its entry.
         """
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept]

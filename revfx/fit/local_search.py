@@ -1,7 +1,8 @@
 """Local search over plans, each simulated as a whole.
 
-The planner chooses among a few minimum cuts for each range of blocks. For small steps the search finds the optimum in
-most cases; for large ones there is time for few simulations.
+The planner chooses among a few minimum cuts for each range of blocks; this search changes single choices of its plans.
+For steps of few operators the result is near the optimum (see `tests/fit/test_oracle.py`); for long ones there is time
+for few simulations.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SimulatedPlan = tuple[Plan, Load]
 
 @dataclass
 class LocalSearch:
-    """A search for faster plans within a budget of bytes, with `left` simulations."""
+    """A search for faster plans within a budget of bytes; `left` is the number of simulations that remain."""
 
     model: Model
     budget: int
@@ -32,7 +33,7 @@ class LocalSearch:
     def of(cls, model: Model, budget: int) -> LocalSearch:
         """Return a search with as many simulations as the size of the forward allows.
 
-        Gradients that are added to earlier ones make the backward longer, and should not change the plan.
+        The backward does not count: it is longer where gradients are added to earlier ones. Plans should not differ.
         """
         return cls(model, budget, MAX_SIMULATED_OPERATORS // (1 + model.needs.tape.backward_start))
 
@@ -46,9 +47,9 @@ class LocalSearch:
                 self.left -= 1
 
     def shrink(self, found: SimulatedPlan) -> SimulatedPlan | None:
-        """Return a plan within the budget; None if the search finds none.
+        """Return a plan within the budget; None if the search, or its simulations, end before.
 
-        Each round drops the value with the least time per freed byte.
+        Each round makes the change with the least time per freed byte: it drops a value, or keeps its bits instead.
         """
         while (over := found[1].peak - self.budget) > 0:
             seconds = found[1].seconds
@@ -65,7 +66,7 @@ class LocalSearch:
         return found
 
     def speed_up(self, found: SimulatedPlan) -> SimulatedPlan:
-        """Return a plan that is not sped up by changing one choice, or by keeping one value and dropping others."""
+        """Change one choice, or keep one value and drop others, until the plan gets no faster, or simulations end."""
 
         def is_faster(plan: SimulatedPlan, other: SimulatedPlan) -> bool:
             return plan[1].peak <= self.budget and plan[1].seconds < other[1].seconds
@@ -77,9 +78,9 @@ class LocalSearch:
             found = self._combined(faster, found[0], is_faster)
 
     def reduce_peak(self, found: SimulatedPlan) -> SimulatedPlan:
-        """Return a plan with a small peak: no single choice gives it a smaller soft peak.
+        """Return a plan with a small peak, by changes that make its soft peak smaller (see `Load.soft_peak`).
 
-        Where several slots are full, most choices lower only some of them, and so not the peak itself.
+        Where several moments of the step are full, most changes lower only some of them, and so not the peak itself.
         """
 
         def is_smaller(plan: SimulatedPlan, other: SimulatedPlan) -> bool:
@@ -125,7 +126,7 @@ class LocalSearch:
 
 
 def combine(plan: Plan, start: Plan, other: Plan) -> Plan:
-    """Return a plan with the choices of `other` that differ from `start`."""
+    """Return a plan with the change that `other` makes to `start`; a change that `plan` has already is taken back."""
     return replace(
         plan,
         kept=plan.kept ^ start.kept ^ other.kept,
@@ -157,7 +158,7 @@ def larger_variants(plan: Plan) -> Iterator[Plan]:
 
 
 def smaller_variants(plan: Plan) -> Iterator[Plan]:
-    """Yield plans in which one value less is kept: none of it, or its bits, or the dropout mask that gives it."""
+    """Yield plans in which one value is not kept, or bits in its place, or the dropout mask that it follows from."""
     needs = plan.needs
     for v, saved in reversed(needs.keepable.items()):
         kept = plan.kept - {v}
@@ -175,7 +176,7 @@ def search_locally(
 ) -> SimulatedPlan | None:
     """Return the fastest plan of a search from `found`, and for small steps from each of `starts` as well."""
     search = LocalSearch.of(model, budget)
-    choices = sum(1 for _ in smaller_variants(starts[0]))
+    choices = sum(1 for _ in smaller_variants(starts[0]))  # to shrink a plan takes up to half the square of them
     if len(starts) * choices * choices // 2 < search.left:
         for start in starts:
             smaller = search.shrink((start, model.load(start)))

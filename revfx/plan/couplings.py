@@ -1,4 +1,4 @@
-"""Couplings of a tape: the regions that the graph passes find in it."""
+"""The search for couplings in a recorded forward: the regions, runs of couplings, that the graph passes find."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class Couplings:
     refusals: tuple[Refusal, ...]
 
     def op(self, number: int) -> Op:
-        """Return the operator of the tape that an operation of the program stands for."""
+        """Return the operator of the tape of operation `number` of the program."""
         return self.tape.ops[self.tape_graph.op_of[self.lowered.op_nodes[number]]]
 
 
 def find_couplings(tape: Tape, lossless: bool = True, patience: int | None = None) -> Couplings:
-    """Find the regions of a tape, and the reasons why other operators are in none.
+    """Find the regions of a tape, and the reasons why the search stopped between them (of `MAX_DIAGNOSES` places).
 
     Args:
         tape: a recorded forward.
-        lossless: inverses that round get codes.
+        lossless: inverses that round get codes, which make them exact; otherwise they are used as they are.
         patience: see `find_regions`.
     """
     tape_graph, lowered = lowered_tape(tape, lossless)
@@ -54,12 +54,12 @@ def find_couplings(tape: Tape, lossless: bool = True, patience: int | None = Non
 
 
 def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple[TapeGraph, Lowered]:
-    """Return a tape as a graph and as a program.
+    """Return a tape as a graph, whose nodes have facts and constants in their `meta`, and as a program.
 
     Args:
         tape: the tape.
-        lossless: inverses that round get codes. Without, and with `from_inputs`, inverses that need codes are left out.
-        from_inputs: only the inputs are given: no random numbers either.
+        lossless: inverses that round get codes. If not, and `from_inputs`, inverses that need codes are left out.
+        from_inputs: the backward knows the inputs only: no random numbers that the forward drew.
     """
     tape_graph = graph_of(tape, from_inputs)
     graph = tape_graph.graph
@@ -73,5 +73,5 @@ def lowered_tape(tape: Tape, lossless: bool, from_inputs: bool = False) -> tuple
     for node, facts in known.items():
         node.meta["facts"] = facts
     sources = find_sources(graph, tape_graph.lasting, frozenset(), () if from_inputs else list(graph.nodes))
-    barred = {} if from_inputs and not lossless else None
+    barred = {} if from_inputs and not lossless else None  # a dictionary collects the inverses that are left out
     return tape_graph, lower(graph, sources=sources, barred=barred, lossless=lossless)
