@@ -89,11 +89,11 @@ class Walk:
         return [step for step in self.steps if step.is_inverted]
 
 
-def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[Region, ...], tuple[DeadEnd, ...]]:
+def find_regions(program: Program, max_searched: int | None = None) -> tuple[tuple[Region, ...], tuple[DeadEnd, ...]]:
     """Find the regions of a program.
 
     A region must free more bytes than it keeps, without those of its largest step, which is there at once. The search
-    ends after `patience` operations (None: it does not) if it has found no region.
+    ends if it has looked at `max_searched` operations (None: it does not), and has found no region.
 
     Returns:
         The regions in order, and the stuck points between them (nearest the end first). If there are no regions, the
@@ -105,7 +105,7 @@ def find_regions(program: Program, patience: int | None = None) -> tuple[tuple[R
     stop, retries, reruns = len(program.ops), MAX_RETRIES, MAX_RERUNS
     live: dict[int, None] = dict.fromkeys(program.data(program.outputs))
     counts = SearchCounts()
-    while stop > 0 and (regions or patience is None or counts.operations < patience):
+    while stop > 0 and (regions or max_searched is None or counts.operations < max_searched):
         walk = _walk(program, stop, tuple(live), counts)
         region = _make_region(program, walk)
         if walk.stuck.stop > 0:

@@ -59,7 +59,7 @@ from revfx.modes import runs_plain, sees_the_engine
 from revfx.parts import part_observer, parts_of
 from revfx.passes._torch import is_overload
 from revfx.plan.declared import CallObserver
-from revfx.plan.model import PATIENCE, call_kind, is_watched, run_plainly_inside, tensors_in
+from revfx.plan.model import BACK_OFF, call_kind, is_watched, run_plainly_inside, tensors_in
 
 
 LOG = logging.getLogger("revfx")
@@ -366,7 +366,7 @@ class BudgetedModel:
             if not is_new and before.tries + 1 < MAX_TRIES:
                 kind.is_due, kind.tries = True, before.tries + 1  # the next forward may take the other path
             else:
-                kind.wait = PATIENCE * before.wait + 1
+                kind.wait = BACK_OFF * before.wait + 1
         if len(self.kinds) > MAX_KINDS:
             del self.kinds[min(self.kinds, key=lambda key: self.kinds[key].used)]
 

@@ -31,7 +31,7 @@ from revfx.plan.staged import Dropped
 from revfx.plan.units import UnitBuilder, find_spans
 
 
-MIN_PATIENCE, PATIENCE = 30_000, 20  # operations that the search looks at without success: at least, and for each one
+MIN_SEARCHED, SEARCHED = 30_000, 20  # operations that a search looks at without success: at least, and for each one
 SHARES = (1.0, 0.75, 0.5, 0.25)  # of the couplings, from the first one on
 OTHER_CODES = 2  # times the bytes of the code of a sum: the code of another inverse
 
@@ -66,7 +66,7 @@ class CoupledUnit:
 def coupled_units(forward: Forward) -> list[CoupledUnit]:
     """Return the units of the couplings of a forward, in its order."""
     found: list[CoupledUnit] = []
-    for span in find_spans(find_couplings(forward, patience=max(MIN_PATIENCE, PATIENCE * len(forward.ops)))):
+    for span in find_spans(find_couplings(forward, max_searched=max(MIN_SEARCHED, SEARCHED * len(forward.ops)))):
         builder = UnitBuilder(forward, span)
         try:
             unit = builder.run()

@@ -36,16 +36,16 @@ class Couplings:
         return self.tape.ops[self.tape_graph.op_of[self.lowered.op_nodes[number]]]
 
 
-def find_couplings(tape: Tape, lossless: bool = True, patience: int | None = None) -> Couplings:
+def find_couplings(tape: Tape, lossless: bool = True, max_searched: int | None = None) -> Couplings:
     """Find the regions of a tape, and the reasons why the search stopped between them (of `MAX_DIAGNOSES` places).
 
     Args:
         tape: a recorded forward.
         lossless: inverses that round get codes, which make them exact; otherwise they are used as they are.
-        patience: see `find_regions`.
+        max_searched: see `find_regions`.
     """
     tape_graph, lowered = lowered_tape(tape, lossless)
-    found, stuck = find_regions(lowered.program, patience)
+    found, stuck = find_regions(lowered.program, max_searched)
     regions = tuple(replace(r, steps=fuse_inverses(lowered.program, r.steps)) for r in found)
     refusals: dict[Refusal, None] = {}
     for dead_end in stuck[:MAX_DIAGNOSES]:

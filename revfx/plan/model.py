@@ -37,7 +37,7 @@ from revfx.plan.units import UnitBuilder
 MAX_KINDS = 64  # of calls; the oldest one makes room for a new one
 MAX_DEPTH, MAX_VISITED_OBJECTS = 3, 1000  # of a search for tensors in attributes of objects
 MAX_TRIES = 2  # to record another path through the forward
-PATIENCE = 2  # factor from one number of calls to the next one, between recordings of a kind of calls
+BACK_OFF = 2  # factor from one number of calls to the next one, between recordings of a kind of calls
 
 
 @dataclass
@@ -255,7 +255,7 @@ def _schedule_next(kind: Kind, before: Kind | None, has_new_units: bool) -> None
     elif kind.units and not has_new_units and before.takes_another_path:
         kind.is_due, kind.tries, kind.wait = True, before.tries + 1, before.wait
     else:
-        kind.wait = PATIENCE * before.wait + 1
+        kind.wait = BACK_OFF * before.wait + 1
 
 
 def call_kind(model: nn.Module, leaves: Iterable[Any]) -> tuple[Any, ...]:

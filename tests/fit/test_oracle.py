@@ -21,7 +21,7 @@ from revfx.fit.foresee import foreseen_step
 from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.planner import Planner
-from revfx.fit.simulate import RECORD_BYTES, STATE_BYTES, Model
+from revfx.fit.simulate import RECORD_BYTES, STATE_BYTES, Model, Units
 
 
 def conv() -> nn.Sequential:
@@ -124,6 +124,19 @@ def test_plans_are_near_the_optimum(name: str, part: float) -> None:
     print(f"{name:20}{part:6}{found[1].seconds:10.6f}{want:10.6f}{planner.seconds:10.6f}")
     assert found[1].peak <= budget
     assert found[1].seconds <= 1.05 * want + ABOVE.get((name, part), 0.0) * planner.seconds
+
+
+@pytest.mark.parametrize("name", ("mlp", "gated"))
+def test_units_have_a_price(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan has fewer ranges of operators that run again if each costs much."""
+    needs, counts = needs_of(name), list[int]()
+    for price in (0.0, 1.0):
+        monkeypatch.setattr(simulate, "UNIT_OVERHEAD", price)
+        planner = Planner(needs, made_up(needs))
+        found = planner.best(budget_between(planner, 0.75))
+        assert found is not None
+        counts.append(len(Units(found[0], found[0].segments(found[0].dropped))))
+    assert 0 < counts[1] < counts[0]
 
 
 def test_what_masks_bring() -> None:
