@@ -369,7 +369,7 @@ def _is_not_worthwhile(program: Program, step: Step) -> bool:
     """Return whether a step continues a region from coupling to coupling, but is not worth a region of its own.
 
     Either it inverts without computing anything, as in the parts of an activation written as several operators. Or
-    none of its inverses does without a code, unless it is exact, as for matrices and `tanh`.
+    all of its inverses that round need codes, as for matrices and `tanh`.
     """
     computes = any(isinstance(d, Forward) for d in needed(program, step.derive, step.entry))
     return not computes or all(arc.coded for arc in step.arcs if not arc.exact)

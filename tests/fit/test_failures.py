@@ -43,8 +43,10 @@ def branching(x: Tensor, h: Tensor) -> Tensor:
     return x + (h.sin() if Hidden.sine else h.tanh()).exp().tanh().square().sin()
 
 
-@pytest.mark.filterwarnings("ignore:.*ran other operators")  # if the plan's units have those that change
-@pytest.mark.parametrize("join", [scaled, branching])
+ANOTHER_WAY = pytest.mark.filterwarnings("ignore:.*ran other operators")  # if units have the ones that change
+
+
+@pytest.mark.parametrize("join", [scaled, pytest.param(branching, marks=ANOTHER_WAY)])
 def test_what_no_plan_can_see_may_change(join: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def make() -> nn.Module:
         torch.manual_seed(0)
