@@ -42,7 +42,7 @@ def refused(made: Made, memory: Any) -> BudgetError | None:
     return None
 
 
-@pytest.mark.parametrize("name", deep_but(["mlp", "convolutions"], MODELS))
+@pytest.mark.parametrize("name", deep_but(["mlp"], MODELS))
 def test_feasible_budgets_are_the_same_for_any_times(name: str, perturbed: Callable[[int], None]) -> None:
     warnings.simplefilter("ignore", RevfxWarning)
     made = make(name)
@@ -58,7 +58,7 @@ def test_feasible_budgets_are_the_same_for_any_times(name: str, perturbed: Calla
     assert next(iter(verdicts))[-2:] == (True, True)
 
 
-@pytest.mark.parametrize("name", deep_but(["mlp", "unet"], ["mlp", "convolutions", "unet"]))
+@pytest.mark.parametrize("name", deep_but(["mlp"], ["mlp", "convolutions", "unet"]))
 def test_a_budget_has_one_verdict_however_it_is_written(name: str, perturbed: Callable[[int], None]) -> None:
     perturbed(0)
     warnings.simplefilter("ignore", RevfxWarning)  # see below
