@@ -43,11 +43,11 @@ MAY: dict[str, set[str]] = {
 }
 MAY["conversion"] = {*BOTTOM, "info", "passes", "plan", "modes", "compiled", "fit", "world"}
 MAY["converted"] = {*BOTTOM, "conversion", "info", "traced"}
-MAY["convert"] = {*BOTTOM, "compiled", "conversion", "converted", "modes", "fit"}
-MAY["inverse"] = {*BOTTOM, "arguments", "converted", "engine", "passes", "plan"}
+MAY["converting"] = {*BOTTOM, "compiled", "conversion", "converted", "modes", "fit"}
+MAY["inverting"] = {*BOTTOM, "arguments", "converted", "engine", "passes", "plan"}
 MAY["inspection"] = {*BOTTOM, "arguments", "passes", "engine", "plan"}
 MAY["debug"] = {*MAY["inspection"], "codes", "inspection"}
-MAY["testing"] = {*MAY["debug"], "modes", "block", "inverse", "rules", "convert", "converted"}
+MAY["testing"] = {*MAY["debug"], "modes", "block", "inverting", "rules", "converting", "converted"}
 MAY["report"] = {*MAY["testing"], *CODES, "plan", "conversion", "compiled", "fit", "passes.joint", "testing", "world"}
 MAY["cli_models"] = {"errors"}
 MAY["cli"] = MAY["__main__"] = MAY[""] = {*MAY, *MAY["report"], "report", "cli", "cli_models"}

@@ -15,6 +15,19 @@ def test_the_version_is_that_of_the_package() -> None:
     assert revfx.__version__ == importlib.metadata.version("revfx")
 
 
+def test_an_import_brings_no_library_and_all_names() -> None:
+    """They take a second together, and are imported at the first use of a name."""
+    assert _run(
+        "import sys, torch",
+        "before = {*sys.modules}",
+        "import revfx",
+        "print(*sorted({m.partition('.')[0] for m in sys.modules.keys() - before}))",
+        "print({*revfx.__all__} <= {*dir(revfx)})",
+        "from revfx import *",
+        "print(convert is revfx.convert, debug.__name__, testing.__name__, inverse.__name__)",
+    ) == ["revfx", "True", "True revfx.debug revfx.testing inverse"]
+
+
 def test_the_compiler_is_imported_when_it_is_used() -> None:
     """It takes a second or more, and most programs that import revfx never compile."""
     names = _run(

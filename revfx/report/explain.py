@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from revfx import _fake
 from revfx.arguments import normalize_arguments
 from revfx.conversion import Options
-from revfx.convert import convert
 from revfx.converted import Reversible, conversion_of, unconverted
+from revfx.converting import convert
 from revfx.errors import FOR_ANY_MODEL, Refusal, RevfxError, name_of
 from revfx.fit.budget import Budget, checked_memory
 from revfx.inspection import is_floating

@@ -12,7 +12,7 @@ from programs_steps import Step, losses_of, run
 from programs_ways import found_in
 from torch import Tensor
 
-from revfx.convert import convert
+from revfx.converting import convert
 
 
 STEP = 1e-6  # of the central difference

@@ -15,8 +15,8 @@ from torch._dynamo import explain
 from torch._functorch import config as functorch_config
 
 from revfx.compiled.partitioner import reports
-from revfx.convert import convert
 from revfx.converted import Reversible
+from revfx.converting import convert
 
 
 # Inductor draws as eager kernels do, and in their order: torch's chain of random operations leaves out those whose

@@ -15,7 +15,7 @@ from helpers import deep_but, fp64 as fp64, leaf, loss_of, mlps
 from torch import Tensor, nn
 from ways import BUILD
 
-from revfx.convert import convert
+from revfx.converting import convert
 from revfx.testing import store_activations
 
 
