@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import importlib.util
 import logging
 import os
@@ -205,10 +206,19 @@ class _Library:
 _library = _Library()
 
 
+def _cpp_extension() -> Any:
+    """Return torch's module of this name, without its warning of a missing CUDA runtime, which is not needed here."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    disabled, log.disabled = log.disabled, True
+    try:
+        return importlib.import_module(log.name)
+    finally:
+        log.disabled = disabled
+
+
 def _library_path() -> Path:
     """Return the file of the extension for these sources, this torch and this Python."""
-    from torch.utils import cpp_extension
-
+    cpp_extension = _cpp_extension()
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()[:8]
     tag = re.sub(r"\W", "_", f"torch_{torch.__version__}_{sysconfig.get_config_var('SOABI') or ''}")
     name = f"revfx_watch_{digest}_{tag}"
@@ -223,8 +233,8 @@ def _built() -> Any:
         Exception: it can't be built.
     """
     from filelock import FileLock  # torch requires it
-    from torch.utils import cpp_extension
 
+    cpp_extension = _cpp_extension()
     library = _library_path()
     folder, name = library.parent, library.stem
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
@@ -57,6 +58,8 @@ class UnknownWay:
 
     @_torch.never_compiled
     def _begin(self, module: nn.Module, _: Any) -> None:
+        if torch.compiler.is_compiling():  # compiled parts run without it
+            return
         if threading.get_ident() != self._thread or self._hook is None or id(module) not in self._blocks:
             return
         before, self._matched = self._matched, self._watching.forward.count
