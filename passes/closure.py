@@ -67,8 +67,8 @@ class Closure:
         self._missing: list[int] = []  # the number of these values
         self._waiting: dict[int, list[int]] = {}  # the derivations that wait for a value
         self._ready: tuple[list[int], ...] = ([], [], [], [])  # by `_rank`
-        self.elimination = Elimination(program, self)
-        self.has_solved_sums = False
+        self.elimination: Elimination = Elimination(program, self)
+        self.has_solved_sums: bool = False
         self.order: list[Derivation] = []
 
     def __contains__(self, value: int) -> bool:

@@ -19,11 +19,6 @@ def _combine(name: str, a: Any, b: Any) -> Term:
     return Term(f"{_parenthesize(a, level)} {sign} {_parenthesize(b, level + 1)}", level)
 
 
-def _operators(name: str) -> tuple[Callable[[Term, Any], Term], Callable[[Term, Any], Term]]:
-    """Return an operator's method for the term on its left and the one for the term on its right."""
-    return (lambda left, right: _combine(name, left, right)), (lambda right, left: _combine(name, left, right))
-
-
 @dataclass(frozen=True, slots=True)
 class Term:
     """An expression: arithmetic with it gives a longer one. It resembles the proxies of torch.fx."""
@@ -31,10 +26,29 @@ class Term:
     text: str
     level: int = ATOM
 
-    __add__, __radd__ = _operators("add")
-    __sub__, __rsub__ = _operators("sub")
-    __mul__, __rmul__ = _operators("mul")
-    __truediv__, __rtruediv__ = _operators("div")
+    def __add__(self, other: Any) -> Term:
+        return _combine("add", self, other)
+
+    def __radd__(self, other: Any) -> Term:
+        return _combine("add", other, self)
+
+    def __sub__(self, other: Any) -> Term:
+        return _combine("sub", self, other)
+
+    def __rsub__(self, other: Any) -> Term:
+        return _combine("sub", other, self)
+
+    def __mul__(self, other: Any) -> Term:
+        return _combine("mul", self, other)
+
+    def __rmul__(self, other: Any) -> Term:
+        return _combine("mul", other, self)
+
+    def __truediv__(self, other: Any) -> Term:
+        return _combine("div", self, other)
+
+    def __rtruediv__(self, other: Any) -> Term:
+        return _combine("div", other, self)
 
     def __neg__(self) -> Term:
         return Term(f"-{_parenthesize(self, PRODUCT)}", PRODUCT)

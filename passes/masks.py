@@ -68,7 +68,7 @@ class MaskedArcs:
     arc_of: Callable[[fx.Node, Inverse], Arc | Cause]
 
     def __post_init__(self) -> None:
-        self.position = {node: i for i, node in enumerate(self.directions)}
+        self.position: dict[fx.Node, int] = {node: i for i, node in enumerate(self.directions)}
         self.sides: dict[fx.Node, list[Masked]] = {}
         for node in self.directions:
             for side in self._masked_sides(node):

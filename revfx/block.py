@@ -134,9 +134,10 @@ class RevBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_exact(exact)
-        self.num_layers, self.exact = num_layers, exact
-        self.f = _build_functions("f", f, num_layers)
-        self.g = _build_functions("g", g, num_layers)
+        self.num_layers: int = num_layers
+        self.exact: bool = exact
+        self.f: Any = _build_functions("f", f, num_layers)
+        self.g: Any = _build_functions("g", g, num_layers)
 
     def forward(
         self, x1: Tensor, x2: Tensor, f_side_input: Any = None, g_side_input: Any = None

@@ -56,7 +56,8 @@ class Conversion:
     """
 
     def __init__(self, forward: Callable[..., Any] | None, options: Options) -> None:
-        self.own_forward, self.options = forward, options
+        self.own_forward: Callable[..., Any] | None = forward
+        self.options: Options = options
         self.warned: set[str] = set()
         self.planned: PlannedModel | None = None
         self.budgeted: BudgetedModel | None = None

@@ -160,7 +160,8 @@ class Reason(Enum):
     )
 
     def __init__(self, meaning: str, remedy: str) -> None:
-        self.meaning, self.remedy = meaning, remedy
+        self.meaning: str = meaning
+        self.remedy: str = remedy
 
     def __repr__(self) -> str:
         return f"Reason.{self.name}"

@@ -26,7 +26,8 @@ class CompiledPart:
     """A replacement for a module's compiled `call`, which reports to the observer."""
 
     def __init__(self, module: nn.Module, call: Callable[..., Any]) -> None:
-        self.module, self.call = module, call
+        self.module: nn.Module = module
+        self.call: Callable[..., Any] = call
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watch = None if torch.compiler.is_compiling() else part_observer.get()
@@ -54,8 +55,9 @@ class BlockCalls:
     """
 
     def __init__(self, calls: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> None:
-        self.calls = [BlockCall(module, call) for module, call in calls]
-        self.lock, self.users = threading.Lock(), 0
+        self.calls: list[BlockCall] = [BlockCall(module, call) for module, call in calls]
+        self.lock: threading.Lock = threading.Lock()
+        self.users: int = 0
 
     @contextlib.contextmanager
     def active(self) -> Generator[None]:

@@ -64,7 +64,7 @@ class Checks:
     lossless: bool
 
     def __post_init__(self) -> None:
-        self.output = self.joint.output_node()
+        self.output: fx.Node = self.joint.output_node()
         self._first = first_operation(self.joint)
         self.kept: set[fx.Node] = set()
         self.attached: dict[fx.Node, list[fx.Node]] = {}

@@ -32,7 +32,8 @@ class Recorder:
     """
 
     def __init__(self, graph: fx.Graph, decompositions: Mapping[Any, Callable[..., Any]]) -> None:
-        self.graph, self.decompositions = graph, decompositions
+        self.graph: fx.Graph = graph
+        self.decompositions: Mapping[Any, Callable[..., Any]] = decompositions
         self.symbols: dict[str, fx.Node] = {}  # the nodes of symbolic numbers
         for node in graph.nodes:
             val = node.meta.get("val")

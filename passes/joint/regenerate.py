@@ -23,7 +23,7 @@ from revfx.passes.joint.checks import Checks, Cut
 from revfx.passes.joint.forward import BACKWARD, FORWARD, ForwardGraph, draws_numbers
 from revfx.passes.joint.kept_cuts import find_origins
 from revfx.passes.joint.record import Recorder, Unrecordable
-from revfx.passes.program import Arc
+from revfx.passes.program import Arc, Program
 from revfx.passes.regions import Region
 from revfx.passes.schedule import schedule
 from revfx.passes.sizes import as_number, is_same_shape, tensors_of
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from revfx.compiled.coded import Coder
 
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,13 @@ class Regenerator:
     """
 
     def __init__(self, joint: fx.Graph, forward: ForwardGraph, recorder: Recorder, options: RewriteOptions) -> None:
-        self.joint, self.forward, self.recorder, self.options = joint, forward, recorder, options
-        self.program = forward.lowered.program
-        self.output = joint.output_node()
-        self.checks = Checks(joint, self.program, recorder, self._original, lossless=options.coder is not None)
+        self.joint: fx.Graph = joint
+        self.forward: ForwardGraph = forward
+        self.recorder: Recorder = recorder
+        self.options: RewriteOptions = options
+        self.program: Program = forward.lowered.program
+        self.output: fx.Node = joint.output_node()
+        self.checks: Checks = Checks(joint, self.program, recorder, self._original, lossless=options.coder is not None)
         self.values: dict[int, fx.Node] = {}
         self.reruns: dict[int, fx.Node] = {}
         self.step_of: dict[fx.Node, int] = {}

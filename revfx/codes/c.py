@@ -28,7 +28,7 @@ from revfx.codes.format import (
 ELEMENTS_PER_THREAD = 1 << 17  # to start a thread takes as long as some thousand elements
 BYTES_PER_ELEMENT = 32  # of a fingerprint, which takes so many in the time in which an element is coded
 MARKS_PER_ELEMENT = 8  # the same for marks that are packed or unpacked
-KINDS = {None: 0, operator.sub: 1, operator.add: 2}
+KINDS: dict[Any, int] = {None: 0, operator.sub: 1, operator.add: 2}
 FUSED: dict[tuple[torch.dtype, ...], int] = {
     (t, t): 0 for t in (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 }

@@ -44,10 +44,12 @@ class Codec:
     """
 
     def __init__(self, wide: bool = False) -> None:
-        self.calls, self.escapes, self.wide = 0, 0, wide
+        self.calls: int = 0
+        self.escapes: int = 0
+        self.wide: bool = wide
         self.width: int | None = None
         self.capacity: int | None = None
-        self.counts_next = True
+        self.counts_next: bool = True
 
     def needs_prediction(self, x: Tensor) -> bool:
         """Return whether the next call encodes `x`, or counts escapes, and so needs the prediction."""

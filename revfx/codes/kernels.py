@@ -11,22 +11,26 @@ so that arithmetic wraps as it does in their own type. Products for fingerprints
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 from triton import language as tl
 
 from revfx.codes import format
 
 
-GIVEN, DIFFERENCE, SUM = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # the prediction is a, a - b or a + b
-BLOCK = tl.constexpr(format.BLOCK)
-GROUP = tl.constexpr(format.GROUP)
-ROW = tl.constexpr(format.ROW)
-SAMPLE = tl.constexpr(format.SAMPLE)
-STEPS = tl.constexpr(4)
-LANES = tl.constexpr(format.GROUP // 4)
-QUARTER = tl.constexpr(format.BLOCK // 4)
-COUNT = tl.constexpr(1 << 16)  # a unit of the number of escapes, above 16 bits that mark them
-CHUNK = tl.constexpr(128)  # escapes that a program moves at once
+GIVEN: Any = tl.constexpr(0)  # the prediction is a; below a - b, and a + b
+DIFFERENCE: Any = tl.constexpr(1)
+SUM: Any = tl.constexpr(2)
+BLOCK: Any = tl.constexpr(format.BLOCK)
+GROUP: Any = tl.constexpr(format.GROUP)
+ROW: Any = tl.constexpr(format.ROW)
+SAMPLE: Any = tl.constexpr(format.SAMPLE)
+STEPS: Any = tl.constexpr(4)
+LANES: Any = tl.constexpr(format.GROUP // 4)
+QUARTER: Any = tl.constexpr(format.BLOCK // 4)
+COUNT: Any = tl.constexpr(1 << 16)  # a unit of the number of escapes, above 16 bits that mark them
+CHUNK: Any = tl.constexpr(128)  # escapes that a program moves at once
 NUMBERS = ["step", "capacity"]  # arguments that kernels are not specialised for
 
 

@@ -26,7 +26,11 @@ from revfx.codes.format import (
 
 
 POOL_ZEROS = 512  # zeros of one fill, for some fifty codes
-KINDS = {None: kernels.GIVEN.value, operator.sub: kernels.DIFFERENCE.value, operator.add: kernels.SUM.value}
+KINDS: dict[Any, int] = {
+    None: kernels.GIVEN.value,
+    operator.sub: kernels.DIFFERENCE.value,
+    operator.add: kernels.SUM.value,
+}
 FUSED = {  # dtypes of the differences and sums that kernels compute, with those of the numbers
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",

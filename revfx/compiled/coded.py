@@ -27,7 +27,8 @@ class Coder:
     """
 
     def __init__(self) -> None:
-        self.codec, self._lock, self._overflows = Codec(), threading.Lock(), 0
+        self._lock, self._overflows = threading.Lock(), 0
+        self.codec: Codec = Codec()
 
     def codes(self, x: Tensor) -> bool:
         """Return whether a code of `x` may be worth its time."""

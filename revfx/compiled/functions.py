@@ -57,7 +57,8 @@ class CompiledFunction:
     """`module(*args, **kwargs)`, compiled at its first call; uncompiled if the compiler fails."""
 
     def __init__(self, module: nn.Module, kernels: Kernels) -> None:
-        self.module, self.kernels = module, kernels
+        self.module: nn.Module = module
+        self.kernels: Kernels = kernels
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the result of the module. A call that could not be compiled is not compiled in its replay either."""

@@ -58,7 +58,7 @@ class ReversiblePartitioner(_inductor.CustomPartitionerFn):
     def __init__(self, *, strict: bool = False) -> None:
         if not isinstance(strict, bool):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(f"`strict={strict!r}` must be True or False.")
-        self.options = RewriteOptions()
+        self.options: RewriteOptions = RewriteOptions()
         self.strict = strict
         self.facts: Facts | None = None  # about the values of the compiled function's inputs, if they are known
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from revfx import _torch
 from revfx.codes import Code, Codec
@@ -27,11 +27,11 @@ class Pass:
     """
 
     def __init__(self) -> None:
-        self.settings = _torch.kernel_settings()
-        self.lock = threading.RLock()
-        self.task = -1  # the number of the backward pass
+        self.settings: tuple[Any, ...] = _torch.kernel_settings()
+        self.lock: threading.RLock = threading.RLock()
+        self.task: int = -1  # the number of the backward pass
         self.is_over = False  # one has ended
-        self.same_settings = True
+        self.same_settings: bool = True
         self.active: list[UnitCall] = []
         self.staged: list[weakref.ref[UnitCall]] = []  # calls that hold tensors until the backward asks for them
         self.comparisons: list[Comparison] = []
@@ -104,7 +104,8 @@ class Ending:
     """
 
     def __init__(self, task: int) -> None:
-        self.task, self.passes = task, list[Pass]()
+        self.task: int = task
+        self.passes: list[Pass] = []
 
     def __call__(self) -> None:
         """Check all that the backward pass replayed; see `check`."""

@@ -24,16 +24,13 @@ from revfx.engine.fingerprints import fingerprint, is_fingerprinted
 from revfx.engine.match import HeldTensor, Match
 from revfx.engine.observe import observer
 from revfx.engine.operators import changes_versions
-from revfx.engine.plan import Plan, UnitPlan
+from revfx.engine.plan import Path, Plan, UnitPlan
 from revfx.engine.proof import prove_call
 from revfx.engine.saved import SavedTensor
 from revfx.engine.unit import Coded, Unit
 from revfx.engine.whole import Whole
 from revfx.errors import NotConvertedWarning, warn
 from revfx.layout import address
-
-
-NEVER = 2**62  # an operator number that no forward reaches
 
 
 def drops(unit: Unit) -> bool:
@@ -58,13 +55,18 @@ class Forward:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self.plan, self.count, self.position, self.coded_bytes = plan, 0, 0, 0
-        self.path, self.others = plan.path, [*plan.others]
+        self.plan: Plan = plan
+        self.count: int = 0
+        self.position: int = 0
+        self.coded_bytes: int = 0
+        self.path: Path = plan.path
+        self.others: list[Path] = [*plan.others]
         self.unsettled: UnitCall | None = None
-        self.has_left = False
+        self.has_left: bool = False
         self.leaving: Callable[[], None] | None = None
         self.addresses: list[int] = []
-        self.backward_pass, self.kept_cuts = Pass(), dict[int, int]()
+        self.backward_pass: Pass = Pass()
+        self.kept_cuts: dict[int, int] = {}
         self._calls: list[UnitCall] = []
         self.holders: dict[int, list[UnitCall]] = {}
         self._exits: dict[ExitKey, Exit] = {}  # by the id of a tensor, and by its address and shape
@@ -79,10 +81,7 @@ class Forward:
     @property
     def expected_at(self) -> int:
         """The number of the operator at which that unit begins: -1 if it may anywhere, `NEVER` without one."""
-        firsts = self.path.firsts
-        if not firsts:
-            return -1
-        return firsts[self.position] if self.position < len(firsts) else NEVER
+        return self.path.first(self.position)
 
     def beginning(self, number: int) -> list[UnitPlan]:
         """Return the units of other paths that begin at an operator."""

@@ -38,7 +38,7 @@ class Learning(HookedMode):
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self._inputs = {id(t) for t in unwrapped(inputs)}
-        self.tape = Tape()
+        self.tape: Tape = Tape()
         self._settings = _torch.kernel_settings()
         self.saved: list[weakref.ref[SavedTensor]] = []  # as on the tape
         self._values: dict[int, tuple[int, weakref.ref[Tensor]]] = {}  # by the id of a tensor

@@ -61,7 +61,9 @@ class Match:
 
     def __init__(self, of: UnitPlan) -> None:
         unit = of.unit
-        self.of, self.at, self.first = of, 0, 0
+        self.of: UnitPlan = of
+        self.at: int = 0
+        self.first: int = 0
         self.saved: list[tuple[SavedTensor, int]] = []
         self.made: list[Any] = [None] * unit.slots
         self.again: list[tuple[int, weakref.ref[Tensor]]] = []

@@ -126,7 +126,7 @@ class NativeWatching:
 
     def __init__(self, plan: Plan) -> None:
         module = _library.get()
-        self.forward = Forward(plan)
+        self.forward: Forward = Forward(plan)
         compiled = compiled_plan(module, plan)
         self._watcher: Any = module.Watcher(compiled, self.forward, SavedTensor, dispatch.is_wrapper, SavedWrapper)
         self._hooks: Any = dispatch.hooks_that_look_on(self._watcher.pack, module.unpack)

@@ -64,6 +64,9 @@ class UnitPlan:
         return True
 
 
+NEVER = 2**62  # an operator number that no forward reaches
+
+
 @dataclass(eq=False)
 class Path:
     """A sequence of units that a forward runs through.
@@ -90,6 +93,12 @@ class Path:
                 if self.sequence[at] is u:
                     return at
         return position
+
+    def first(self, position: int) -> int:
+        """Return the number of the operator at which a unit begins: -1 if it may anywhere, `NEVER` without one."""
+        if not self.firsts:
+            return -1
+        return self.firsts[position] if position < len(self.firsts) else NEVER
 
     def chain(self, site: int) -> int:
         """Return the number of the chain of the unit at a position in the sequence."""

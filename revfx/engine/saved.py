@@ -31,9 +31,9 @@ class SavedTensor:
     @_torch.never_compiled
     def __init__(self, tensor: Tensor) -> None:
         self.tensor: Tensor | None = dispatch.alias(tensor)
-        self.version = _torch.version(self.tensor)
+        self.version: int = _torch.version(self.tensor)
         self.call: UnitCall | BitMask | Loan | None = None
-        self.slot = -1
+        self.slot: int = -1
 
     @_torch.never_compiled
     def drop(self, call: UnitCall | BitMask | Loan, slot: int) -> None:

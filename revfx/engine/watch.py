@@ -31,11 +31,12 @@ class Watching(HookedMode):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.plan, self.forward = plan, Forward(plan)
+        self.plan: Plan = plan
+        self.forward: Forward = Forward(plan)
         self.active: list[Match] = []
-        self.number = -1  # of the operator that runs
-        self.is_off_path = False  # the forward has left all recorded paths: units may begin anywhere
-        self.has_stopped = False  # no unit begins any more
+        self.number: int = -1  # of the operator that runs
+        self.is_off_path: bool = False  # the forward has left all recorded paths: units may begin anywhere
+        self.has_stopped: bool = False  # no unit begins any more
         self._pending: list[SavedTensor] = []  # of the compiled part that runs
         self.set_hooks(self._pack, lambda saved: saved.get())
 

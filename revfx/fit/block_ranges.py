@@ -8,9 +8,10 @@ from functools import cached_property
 from itertools import pairwise
 from operator import add
 
-from revfx.fit.blocks import blocks_of
+from revfx.fit.blocks import Blocks, blocks_of
 from revfx.fit.costs import signature
 from revfx.fit.min_cut import Choice, Menu
+from revfx.fit.needs import Needs
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import Model
 
@@ -57,8 +58,9 @@ class BlockRanges:
     """All ranges of blocks of a step."""
 
     def __init__(self, model: Model, entries: dict[Hashable, list[Entry]]) -> None:
-        self.model, self.needs = model, model.needs
-        self.blocks = blocks_of(model.needs, model.estimates)
+        self.model: Model = model
+        self.needs: Needs = model.needs
+        self.blocks: Blocks = blocks_of(model.needs, model.estimates)
         self.entries = entries  # by the key of a run, for any caller
         self.least: dict[int, Choice] = {}  # by the first operator of a block
         self.found: dict[tuple[int, int, bool], tuple[BlockRange, list[tuple[Entry, int]]]] = {}

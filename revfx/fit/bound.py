@@ -46,7 +46,7 @@ class Relaxation:
 
     def __post_init__(self) -> None:
         needs = self.model.needs
-        self.live = torch.tensor(self.model.natural, dtype=torch.float64)
+        self.live: torch.Tensor = torch.tensor(self.model.natural, dtype=torch.float64)
         self._add_operators()
         for v in needs.keepable:
             if needs.tape.made_by[v] is not None:

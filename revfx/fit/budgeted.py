@@ -22,9 +22,8 @@ from torch.utils import _pytree as pytree
 from revfx import _fsdp, _torch
 from revfx.ambient import set_variable
 from revfx.engine import dispatch
-from revfx.engine.forward import NEVER
 from revfx.engine.native import learner, watcher
-from revfx.engine.plan import Plan
+from revfx.engine.plan import NEVER, Plan
 from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
 from revfx.fit.costs import Costs
@@ -86,18 +85,21 @@ class BudgetedModel:
     """
 
     def __init__(self, budget: Budget) -> None:
-        self.budget, self.costs = budget, Costs()
+        self.budget: Budget = budget
+        self.costs: Costs = Costs()
         self.kinds: dict[Any, BudgetKind] = {}
         self.refused: dict[Any, BudgetError] = {}
-        self.has_parts = False
-        self.least_bytes, self.has_planned, self.has_warned = 0, False, False
-        self.unplanned = Counter[Any]()
-        self.forwards = 1
-        self.retried = set[Any]()
+        self.has_parts: bool = False
+        self.least_bytes: int = 0
+        self.has_planned: bool = False
+        self.has_warned: bool = False
+        self.unplanned: Counter[Any] = Counter()
+        self.forwards: int = 1
+        self.retried: set[Any] = set()
         self._forwards = weakref.WeakValueDictionary[int, Any]()  # by number, those whose graph is alive
         self._numbers = itertools.count()
         self._parameters: list[weakref.ref[nn.Parameter]] = []  # of the model, when a step was last recorded
-        self.lock = threading.RLock()
+        self.lock: threading.RLock = threading.RLock()
 
     @property
     def budget_plans(self) -> tuple[BudgetPlan, ...]:

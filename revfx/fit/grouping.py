@@ -56,10 +56,14 @@ class Grouping:
     """Groups the dropped values of a plan into runs of operators."""
 
     def __init__(self, plan: Plan, recorded: RecordedStep) -> None:
-        self.plan, self.tape, self.recorded = plan, recorded.tape, recorded
-        self.block_of = self._blocks()
-        self.after = {known.before: v for v, known in enumerate(self.tape.values) if known.before is not None}
-        self.rewritten = self._rewritten()
+        self.plan: Plan = plan
+        self.tape: Tape = recorded.tape
+        self.recorded: RecordedStep = recorded
+        self.block_of: list[int] = self._blocks()
+        self.after: dict[int, int] = {
+            known.before: v for v, known in enumerate(self.tape.values) if known.before is not None
+        }
+        self.rewritten: dict[int, list[int]] = self._rewritten()
 
     def run(self) -> list[Dropped]:
         """Return the dropped values of each run, in the order of the operators."""

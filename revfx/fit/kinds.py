@@ -83,7 +83,7 @@ def count_elements(sizes: Sizes) -> int:
 class PlainForward:
     """A forward that drops nothing; `begins` is called when its backward begins, when it `is_over`."""
 
-    is_over = False
+    is_over: bool = False
     begins: Callable[[], None] | None = None
 
     def begin(self, _: Any) -> None:

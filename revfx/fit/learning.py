@@ -63,7 +63,7 @@ class StepLearning(BlockLearning):
 
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor], finished: Callable[[StepRecorder], None]) -> None:
         super().__init__(model, inputs)
-        self.step = StepRecorder(model, finished)
+        self.step: StepRecorder = StepRecorder(model, finished)
         self._block = type(model).__name__
         self._start = 0  # the first operator of the block, of those of the step
         self._next: _Start | None = None  # where the block may end

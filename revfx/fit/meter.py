@@ -16,7 +16,10 @@ class Meter:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, most: int, missed: Callable[[int], None]) -> None:
-        self.device, self.most, self.missed, self.before = device, most, missed, _torch.allocated(device)
+        self.before = _torch.allocated(device)
+        self.device: torch.device = device
+        self.most: int = most
+        self.missed: Callable[[int], None] = missed
         if self.before is not None:
             new = sum(p.nbytes for p in model.parameters() if p.requires_grad and p.grad is None)
             self.most += self.before[0] + new

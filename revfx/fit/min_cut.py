@@ -16,7 +16,8 @@ from typing import Any
 import networkx as nx
 from networkx.algorithms.flow import boykov_kolmogorov, build_residual_network
 
-from revfx.fit.costs import BIT_COST
+from revfx.fit.costs import BIT_COST, Cost
+from revfx.fit.needs import Needs
 from revfx.fit.simulate import BITS, OVERHEAD, Model
 
 
@@ -45,9 +46,13 @@ class Menu:
     """The choices for some operators; `given` values are kept in any case."""
 
     def __init__(self, model: Model, ops: range, given: frozenset[int]) -> None:
-        self.model, self.needs, self.costs, self.ops, self.given = model, model.needs, model.costs, ops, given
-        self.values = {v: o for o in self.ops for v in self.needs.tape.ops[o].makes}
-        self.dropout_masks = {v for v in self.values if self.needs.dropout_masks.get(v) in self.values}
+        self.model: Model = model
+        self.needs: Needs = model.needs
+        self.costs: Sequence[Cost] = model.costs
+        self.ops: range = ops
+        self.given: frozenset[int] = given
+        self.values: dict[int, int] = {v: o for o in self.ops for v in self.needs.tape.ops[o].makes}
+        self.dropout_masks: set[int] = {v for v in self.values if self.needs.dropout_masks.get(v) in self.values}
 
     def choices(self) -> dict[Choice, bool]:
         """Return the different choices, each with whether it is independent of measured times; those come first."""

@@ -154,9 +154,11 @@ class Replay:
     """The recomputed values that are live in one backward: it decides which operators run next."""
 
     def __init__(self, plan: Plan, live: Iterable[int] = ()) -> None:
-        self.plan, self.live, self.left = plan, set(live), dict(plan.uses)
+        self.plan: Plan = plan
+        self.live: set[int] = set(live)
+        self.left: dict[tuple[int, int], int] = dict(plan.uses)
         # by value: how many blocks that it was not made in will still read it
-        self.outside = Counter(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
+        self.outside: Counter[int] = Counter(v for block, v in plan.uses if plan.block_of[plan.op_of(v)] != block)
 
     def segment(self, saved_index: int) -> Segment:
         """Return the segment for the next saved tensor that autograd asks for."""

@@ -52,13 +52,15 @@ class Planner:
         like: Planner | None = None,
         credit: Credit = _NO_CREDIT,
     ) -> None:
-        self.needs, self.costs, self.seconds = needs, costs, needs.tape.seconds + sum(c.seconds for c in costs)
-        self.model = Model(needs, costs, any_caller, LOSS_RATIO * needs.tape.output_bytes * any_caller, credit)
-        self.ranges = BlockRanges(self.model, {} if like is None else like.ranges.entries)
-        self.small = SmallPlans(self.ranges) if like is None else like.small
+        self.needs: Needs = needs
+        self.costs: Sequence[Cost] = costs
+        self.seconds: float = needs.tape.seconds + sum(c.seconds for c in costs)
+        self.model: Model = Model(needs, costs, any_caller, LOSS_RATIO * needs.tape.output_bytes * any_caller, credit)
+        self.ranges: BlockRanges = BlockRanges(self.model, {} if like is None else like.ranges.entries)
+        self.small: SmallPlans = SmallPlans(self.ranges) if like is None else like.small
         everything = Plan(needs, frozenset(needs.keepable), frozenset(), frozenset(), [0] * needs.tape.backward_start)
         # The load as measured: without the loss and the outputs of a caller, which `self.model` adds.
-        self.plain = everything, Model(needs, costs).load(everything)
+        self.plain: tuple[Plan, Load] = everything, Model(needs, costs).load(everything)
 
     def credit(self, budget: int) -> Credit:
         """Return the plain step's excess for this caller over the plain peak, scaled by budget / peak."""
@@ -125,7 +127,7 @@ class SmallPlans:
     def __init__(self, ranges: BlockRanges) -> None:
         self.ranges = ranges
         self.found: list[SimulatedPlan] = []  # so far, in the order of the search, which is the same for all budgets
-        self.rest = self._plans()
+        self.rest: Iterator[SimulatedPlan] = self._plans()
 
     def within(self, budget: int, credit: Credit) -> Plan | None:
         """Return the first plan that stays within the budget; None if none does."""

@@ -61,7 +61,8 @@ class StepRecorder:
     """
 
     def __init__(self, model: nn.Module, finished: Callable[[StepRecorder], None]) -> None:
-        self.tape, self.numbers = Tape(), list[int]()
+        self.tape: Tape = Tape()
+        self.numbers: list[int] = []
         self._before = set[int]()  # storages of parameters and their gradients
         self._parameters = [*model.parameters()]
         for p in self._parameters:
@@ -77,10 +78,11 @@ class StepRecorder:
         self._moment, self._turns = -1, 0  # before which operator autograd kept or read last, and how much it read
         self._handles: list[Any] = []
         self._watched: list[Any] = []  # weak references, which call back
-        self.is_backward = self._has_begun = False
+        self.is_backward: bool = False
+        self._has_begun = False
         self._task = -1  # the number of the backward pass
         self.parts: list[PartCall] = []
-        self.begun = set[int]()  # parts of which a backward has run
+        self.begun: set[int] = set()  # parts of which a backward has run
 
     @property
     def is_over(self) -> bool:

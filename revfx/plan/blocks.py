@@ -56,7 +56,7 @@ class BlockLearning(Learning):
     def __init__(self, model: nn.Module, inputs: Sequence[Tensor] = ()) -> None:
         super().__init__(model, inputs)
         self.proven: set[int] = set()
-        self.backward_pass = Pass()
+        self.backward_pass: Pass = Pass()
         self._blocks = block_paths(model)
         self._block = ""  # the block that runs now
         self._first = 0  # its first operator

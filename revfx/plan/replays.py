@@ -97,14 +97,17 @@ class ReplayBuilder:
         self, ops: Sequence[UnitOp], memory: SlotMemory, known: Iterable[int], actions: Sequence[Action],
         wanted: Sequence[int], own: Iterable[int] = (),
     ) -> None:  # fmt: skip
-        self.ops, self.memory, self.known, self.wanted = ops, memory, frozenset(known), wanted
+        self.ops: Sequence[UnitOp] = ops
+        self.memory: SlotMemory = memory
+        self.known: frozenset[int] = frozenset(known)
+        self.wanted: Sequence[int] = wanted
         self.actions = actions
-        self.graph = fx.Graph()
+        self.graph: fx.Graph = fx.Graph()
         self.inputs: dict[tuple[str, int], fx.Node] = {}  # placeholders, by kind and index
         self.env: dict[int, fx.Node] = {}  # by slot
         self.corrected: list[tuple[fx.Node, int]] = []  # inverses with codes, and the last operand of each
-        self.private = {memory.allocation[s] for s in own}  # allocations that the replay owns
-        self.shared = {memory.allocation[s] for s in self.known} - self.private
+        self.private: set[int] = {memory.allocation[s] for s in own}  # allocations that the replay owns
+        self.shared: set[int] = {memory.allocation[s] for s in self.known} - self.private
         self.maker: dict[int, int] = {}  # by slot, the first action that gives it
         runs: dict[int, int] = {}  # by operator, the first action that runs it
         for number, action in enumerate(actions):

@@ -63,7 +63,7 @@ class StagedBuilder(UnitBuilder):
         known.update(self.dropout_masks)
         lent = self._slots_of(self.dropped.lent)
         if lent:
-            self.loan_replays = [ReplayBuilder(ops, memory, known, runs, lent, self.dropout_masks).run()]
+            self.loan_replays[:] = [ReplayBuilder(ops, memory, known, runs, lent, self.dropout_masks).run()]
         try:
             return self._stages(ops, memory, known, runs), []
         except Unreplayable:  # a stage overwrites memory that an earlier stage wrote in part: one replay for all

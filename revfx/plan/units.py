@@ -34,11 +34,13 @@ class UnitBuilder:
     """
 
     def __init__(self, tape: Tape, span: Span, lossless: bool = True) -> None:
-        self.tape, self.span, self.lossless = tape, span, lossless
+        self.tape: Tape = tape
+        self.span: Span = span
+        self.lossless: bool = lossless
         self.slots: dict[int, int] = {}  # by value
         self.external: list[int] = []  # slots
         self.numbers: list[Any] = []  # of this forward
-        self.states = 0  # number of random states
+        self.states: int = 0  # number of random states
         self.made: set[int] = set()  # values
         self.coded: list[Coded] = []
         self.facts: set[tuple[int, Fact]] = set()

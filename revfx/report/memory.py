@@ -27,7 +27,7 @@ COLOURS = {
 }  # fmt: skip
 PALETTE = {name: light for name, (light, _) in COLOURS.items()}
 DARK = {name: dark for name, (_, dark) in COLOURS.items()}
-STYLE = {  # of matplotlib: text stays text, and equal pictures have equal ids
+STYLE: dict[str, Any] = {  # of matplotlib: text stays text, and equal pictures have equal ids
     "svg.fonttype": "none", "svg.hashsalt": "revfx", "text.color": PALETTE["ink"], "text.parse_math": False,
     "axes.axisbelow": True, "axes.edgecolor": PALETTE["outside-edge"], "axes.labelsize": 8.5,
     "axes.spines.right": False, "axes.spines.top": False,

@@ -35,7 +35,7 @@ from revfx.world.fake import FakeWorld
 from revfx.world.left import purge_fakes_after
 
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 TIMED_STEPS = 5  # of each model
 Loss = Callable[[Any], Tensor]  # from a model's output to a scalar
 
@@ -46,7 +46,8 @@ class Ledger(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.held: dict[int, tuple[int, weakref.ref[torch.UntypedStorage]]] = {}  # by storage: its bytes
-        self.live_bytes = self.flops = 0
+        self.live_bytes: int = 0
+        self.flops: int = 0
         self.live: list[int] = []  # after each operation
 
     def add(self, t: Tensor, is_counted: bool = True) -> None:

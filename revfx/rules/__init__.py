@@ -33,9 +33,9 @@ from revfx import _torch
 from revfx.errors import Cause, Reason, RevfxError
 
 
-Scalar = (int, float)
+Scalar: tuple[type[int], type[float]] = (int, float)
 _FIRST_OPERAND = ("input", "self", "tensor")  # its names in functions and overloads
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)

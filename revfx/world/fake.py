@@ -26,10 +26,12 @@ class FakeWorld:
     """
 
     def __init__(self, model: nn.Module, args: Any, kwargs: Any, *, whole: bool = False) -> None:
-        self.model, self.arguments, self.whole = model, (args, kwargs), whole
-        self.mode = _fake.FakeMode()
+        self.model: nn.Module = model
+        self.arguments: tuple[Any, Any] = (args, kwargs)
+        self.whole: bool = whole
+        self.mode: _fake.FakeMode = _fake.FakeMode()
         self.fakes: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of the real tensor: it and its replacement
-        self.gathered_dtypes = _fsdp.gathered_dtypes(model.modules())
+        self.gathered_dtypes: dict[int, torch.dtype] = _fsdp.gathered_dtypes(model.modules())
 
     @contextlib.contextmanager
     def entered(self) -> Generator[tuple[Any, Any]]:

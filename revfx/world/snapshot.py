@@ -25,7 +25,7 @@ class Snapshot:
         for module in modules:
             self.tables += [(table, dict(table)) for table in _tables(module)]
             values += [value for name, value in vars(module).items() if is_user_attribute(name)]
-        self.containers = _find_containers(values)
+        self.containers: list[tuple[Any, tuple[Any, ...]]] = _find_containers(values)
 
     def restore(self) -> None:
         """Restore every table, and the containers in them."""
