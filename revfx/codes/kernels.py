@@ -19,7 +19,7 @@ from triton import language as tl
 from revfx.codes import format
 
 
-GIVEN: Any = tl.constexpr(0)  # the prediction is a; below a - b, and a + b
+GIVEN: Any = tl.constexpr(0)  # a prediction is a, a - b or a + b
 DIFFERENCE: Any = tl.constexpr(1)
 SUM: Any = tl.constexpr(2)
 BLOCK: Any = tl.constexpr(format.BLOCK)
