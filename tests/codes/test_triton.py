@@ -29,7 +29,7 @@ from revfx.codes.format import GROUP
 
 
 LENGTHS = (5, 300, GROUP + 70)
-EVERY = 2 if DEEP else 8  # of the cases: each width, and each length, takes other ones
+EVERY = 2 if DEEP else 4  # of the cases: each width, and each length, takes other ones
 
 
 def kernels() -> Any:
