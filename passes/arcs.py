@@ -17,7 +17,7 @@ from revfx.passes.elimination import ONE
 from revfx.passes.facts import find_masks, index_facts
 from revfx.passes.masks import MaskedArcs
 from revfx.passes.moves import arc_text, container_of, directions_of, given_nodes
-from revfx.passes.program import SELECTS, Arc, Op, Program, Value
+from revfx.passes.program import SELECTS, Arc, DataFactor, Operation, Program, Value
 from revfx.passes.sizes import NUMBERS, as_number, is_fixed, is_same_shape
 from revfx.passes.tilings import tiling_arcs
 from revfx.rules import (
@@ -131,7 +131,7 @@ class _Lowering:
         """Return the values that a node reads, each once."""
         return tuple(dict.fromkeys(self.index[n] for n in node.all_input_nodes if n in self.index))
 
-    def _mark_allocations(self, ops: Sequence[Op]) -> tuple[Value, ...]:
+    def _mark_allocations(self, ops: Sequence[Operation]) -> tuple[Value, ...]:
         """Return the values with `written` and `given` set for all views of an allocation."""
         written, given = set[int](), set[int]()
         for op in ops:
@@ -151,7 +151,7 @@ class _Lowering:
         self.values.append(Value(node.name, tuple(val.shape), val.dtype, nbytes, storage, source, given, kept=kept))
         return index
 
-    def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Op:
+    def _op(self, node: fx.Node, outs: tuple[int, ...]) -> Operation:
         """Return a node's operation with its own arcs."""
         name, ins, directions = op_name(node.target), self._indices(node), self.directions[node]
         has_rule = rule_for(node) is not None
@@ -163,7 +163,7 @@ class _Lowering:
             refused = {v: why_none(name) for v in ins if not self.values[v].source}
         for arc in arcs:
             refused.pop(arc.head, None)
-        return Op(
+        return Operation(
             name=name,
             ins=ins,
             outs=outs,
@@ -219,7 +219,7 @@ class _Lowering:
                 return ()
             if d.solves.op != "get_attr" and not (a.dtype == y.dtype and is_same_shape(a.shape, y.shape)):
                 return ()
-            if not isinstance(factor, (int, float)) or isinstance(self._factor_condition(d, y.dtype), str):
+            if not isinstance(factor, (int, float)) or isinstance(self._factor(d, y.dtype), str):
                 return ()
             factors[self.index[d.solves]] += 1 / factor if d.reciprocal else factor
             number = d.rest(*(0.0 if isinstance(g, fx.Node) else g for g in d.given))
@@ -237,9 +237,9 @@ class _Lowering:
         cause = self._violation(name, inverse, y)
         if cause is not None:
             return cause
-        condition = self._factor_condition(inverse, y.dtype)
-        if isinstance(condition, str):
-            return Cause(Reason.ZERO_FACTOR, condition)
+        factor = self._factor(inverse, y.dtype)
+        if isinstance(factor, str):
+            return Cause(Reason.ZERO_FACTOR, factor)
         operands = given_nodes(inverse)
         assumes, barred = (), (self.barred or {}).get(solved)
         if inverse.exact:
@@ -249,8 +249,7 @@ class _Lowering:
             tail=tuple(self.index[n] for n in (result, *operands)),
             solve=_bind_numbers(inverse.by, inverse.given),
             exact=inverse.exact,
-            reciprocal=inverse.reciprocal,
-            **condition,
+            factor=factor,
             text=arc_text(solved, (node, *operands), name),
             assumes=assumes,
             coded=inverse.coded,
@@ -289,19 +288,17 @@ class _Lowering:
             return Cause(Reason.LAYOUT, f"`{name}` broadcasts it from {tuple(a.shape)} to {tuple(y.shape)}")
         return None
 
-    def _factor_condition(self, inverse: Inverse, dtype: torch.dtype) -> dict[str, Any] | str:
-        """Return the fields of an arc about the factor of its head, or the reason why the factor may be zero."""
+    def _factor(self, inverse: Inverse, dtype: torch.dtype) -> float | DataFactor | str | None:
+        """Return the factor of an arc's head, None if it amplifies no error, or the reason why it may be zero."""
         f = inverse.factor
         if f is None:
-            return {}
+            return None
         if not isinstance(f, fx.Node):
             value = float(abs(1 / f if inverse.reciprocal and f else f))
             info = torch.finfo(dtype) if dtype.is_floating_point or dtype.is_complex else torch.iinfo(dtype)
             if not getattr(info, "tiny", 1) <= value <= info.max:  # in this dtype it is 0, infinite or NaN
                 return f"the factor is {f}"
-            if value == 1:
-                return {}
-            return {"factor": value}
+            return None if value == 1 else value
         interval = self.bounds.get(f, ANY_NUMBER)
         least = interval.least
         if inverse.reciprocal:
@@ -312,9 +309,7 @@ class _Lowering:
             return f"the factor `{f.name}` is zero under a mask"
         elif least == 0 and not interval.nonzero and self.barred is not None:
             return f"the factor `{f.name}` is not bounded away from zero"
-        if least >= 1:
-            return {}
-        return {"factor": self.index[f], "measured": True, "least": least}
+        return None if least >= 1 else DataFactor(self.index[f], inverse.reciprocal, least)
 
 
 def _constant_nodes(graph: fx.Graph, sources: Collection[fx.Node]) -> set[fx.Node]:

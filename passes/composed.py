@@ -13,7 +13,7 @@ from torch import Tensor
 
 from revfx.passes.closure import Derivation, Forward, Invert, made_by, read_by
 from revfx.passes.cuts import Step, needed
-from revfx.passes.program import Arc, Program
+from revfx.passes.program import Arc, DataFactor, Program
 
 
 def rounds(arc: Arc) -> bool:
@@ -110,12 +110,12 @@ def _compose_arc(arc: Arc, inner: dict[int, Arc]) -> Arc:
         return arc
     reads: dict[int, None] = {}
     runs: list[int] = []
-    coded, measured, declared = False, False, ""
+    coded, declared, factor = False, "", arc.factor
     for a in chain.values():
         reads.update(dict.fromkeys(a.tail))
         runs += a.runs
         coded |= a.coded
-        measured |= a.measured
+        factor = a.factor if isinstance(a.factor, DataFactor) else factor
         declared = declared or a.declared
     tail = tuple(v for v in reads if v not in chain)
 
@@ -125,4 +125,4 @@ def _compose_arc(arc: Arc, inner: dict[int, Arc]) -> Arc:
             env[head] = a.solve(*(env[v] for v in a.tail))
         return env[arc.head]
 
-    return replace(arc, tail=tail, solve=solve, declared=declared, runs=tuple(runs), coded=coded, measured=measured)
+    return replace(arc, tail=tail, solve=solve, declared=declared, runs=tuple(runs), coded=coded, factor=factor)

@@ -8,7 +8,7 @@ import networkx as nx
 
 from revfx.errors import Cause, Reason, Refusal
 from revfx.passes.cuts import DeadEnd
-from revfx.passes.program import Op, Program
+from revfx.passes.program import Operation, Program
 
 
 def diagnose(program: Program, stuck: DeadEnd) -> list[Refusal]:
@@ -60,7 +60,7 @@ def _dependencies(program: Program, stuck: DeadEnd) -> nx.DiGraph[int]:
     return graph
 
 
-def _readers(program: Program, stuck: DeadEnd, value: int) -> list[Op]:
+def _readers(program: Program, stuck: DeadEnd, value: int) -> list[Operation]:
     """Return the tried operations that read a value."""
     return [program.ops[i] for i in program.users[value] if stuck.start <= i < stuck.stop]
 
@@ -91,7 +91,7 @@ def _explain_cycle(program: Program, stuck: DeadEnd, members: set[int]) -> list[
     return []
 
 
-def _explain_addition(program: Program, stuck: DeadEnd, op: Op, head: int) -> Refusal:
+def _explain_addition(program: Program, stuck: DeadEnd, op: Operation, head: int) -> Refusal:
     """Return the refusal for a value that operation `op` adds to something computed from the value."""
     name, names, via = program.values[head].name, [op.name], ""
     for reader in _readers(program, stuck, head):

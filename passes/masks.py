@@ -174,9 +174,6 @@ class MaskedArcs:
                 exact=False,
                 barred=(self.barred or {}).get(whole),
                 factor=rounding.factor,
-                measured=rounding.measured,
-                reciprocal=rounding.reciprocal,
-                least=rounding.least,
             )
         return at, arc
 

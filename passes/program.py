@@ -43,6 +43,21 @@ class Value:
 
 
 @dataclass(frozen=True, slots=True)
+class DataFactor:
+    """A factor that depends on data.
+
+    Attributes:
+        value: the index of the value that it is.
+        divides: the operand was divided by it.
+        least: the smallest magnitude of the number that multiplies; 0: only the run can tell.
+    """
+
+    value: int
+    divides: bool
+    least: float
+
+
+@dataclass(frozen=True, slots=True)
 class Arc:
     """One inverse: `head = solve(*tail)`.
 
@@ -52,11 +67,9 @@ class Arc:
         solve: the function.
         exact: the head has the same bits as in the forward; other inverses round.
         barred: the reason why a compiled graph, which has no codes, keeps the head instead.
-        factor: the number that the solved operand was multiplied by, so rounding errors grow by 1/|factor|. If
-            `measured`, the index of a value that is measured while the forward runs.
-        reciprocal: the operand was divided by the measured factor.
+        factor: the magnitude of the number that the solved operand was multiplied by, so rounding errors grow by
+            1/factor; None: one.
         text: the inverse in words.
-        least: the smallest magnitude that a measured factor can take; 0: only the run can tell.
         assumes: values, and facts about their elements (see `revfx.passes.facts`).
         coded: the inverse is useful only with a code.
         declared: the declaration, by the user or a library, that gives this inverse; it may be wrong.
@@ -68,11 +81,8 @@ class Arc:
     solve: Callable[..., torch.Tensor]
     exact: bool
     barred: str | None = None
-    factor: float | int | None = None
-    measured: bool = False
-    reciprocal: bool = False
+    factor: float | DataFactor | None = None
     text: str = ""
-    least: float = 1.0
     assumes: tuple[tuple[int, str | tuple[int, ...]], ...] = ()
     coded: bool = False
     declared: str = ""
@@ -81,21 +91,14 @@ class Arc:
     @property
     def amplification(self) -> float:
         """The growth of rounding errors by this inverse, as far as it is known without a run: >= 0."""
-        if self.factor is None or self.measured:
-            return 1.0
-        return 1.0 / abs(self.factor)
-
-    @property
-    def scaled_by(self) -> tuple[int, bool]:
-        """The value that a measured factor is, and whether the operand was divided by it."""
-        return int(self.factor or 0), self.reciprocal
+        return 1 / self.factor if isinstance(self.factor, float) else 1.0
 
 
 Found = tuple[int, Arc]  # an arc with the first operation that it involves
 
 
 @dataclass(frozen=True, slots=True)
-class Op:
+class Operation:
     """One operation.
 
     Attributes:
@@ -154,7 +157,7 @@ class Program:
     """A straight-line program: `values`, `ops` in order, and the indices of its `outputs`."""
 
     values: Sequence[Value]
-    ops: Sequence[Op]
+    ops: Sequence[Operation]
     outputs: tuple[int, ...]
 
     @cached_property

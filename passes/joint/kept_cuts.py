@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from revfx.passes.cuts import Step
-from revfx.passes.program import Program
+from revfx.passes.program import DataFactor, Program
 from revfx.passes.rounding import precision
 
 
 ERROR_MARGIN = 8.0  # times the relative error of a stream that a gradient computed from it may have
 
 
-def propagate_errors(
-    step: Step, before: Mapping[int, float], measured: Mapping[tuple[int, bool], float]
-) -> dict[int, float]:
+def propagate_errors(step: Step, before: Mapping[int, float], gains: Mapping[DataFactor, float]) -> dict[int, float]:
     """Return the growth of rounding errors from the last kept cut to each value of a step's exit.
 
     An inverse multiplies the error along its stream by 1/|factor|. One that amplifies also adds a rounding error of
@@ -23,11 +21,11 @@ def propagate_errors(
     Args:
         step: the step.
         before: the growth in each value of its entry, for an error of 1.
-        measured: upper bounds of 1/|factor| for measured factors.
+        gains: upper bounds of 1/|factor| for factors that depend on data.
     """
     growth = dict(before)
     for arc in reversed(step.arcs):
-        gain = measured[arc.scaled_by] if arc.measured else arc.amplification
+        gain = gains[arc.factor] if isinstance(arc.factor, DataFactor) else arc.amplification
         head = gain * growth.get(arc.head, 1.0)
         if gain > 1.0:
             head += 1.0
@@ -39,20 +37,20 @@ def propagate_errors(
 def choose_kept_cuts(program: Program, steps: Sequence[Step]) -> frozenset[int]:
     """Return the numbers of the cuts inside a region to keep; cut j lies before step j.
 
-    Measured factors count with the smallest magnitude that they can have. The entry of a step with a factor that may
-    come near zero is kept. Between two kept cuts, errors stay below the square root of the dtype's eps.
+    Factors that depend on data count with the smallest magnitude that they can have. The entry of a step with one that
+    may come near zero is kept. Between two kept cuts, errors stay below the square root of the dtype's eps.
     """
     kept: set[int] = set()
     growth: dict[int, float] = {}
     for j, step in enumerate(steps):
         eps = max((precision(program.values[v].dtype) for v in step.exit), default=0.0)
         limit = eps**0.5 if eps else 1.0
-        measured = [arc for arc in step.arcs if arc.measured]
-        if any(arc.least < limit for arc in measured):
+        factors = [arc.factor for arc in step.arcs if isinstance(arc.factor, DataFactor)]
+        if any(factor.least < limit for factor in factors):
             kept.add(j)
             growth = {}
             continue
-        growth = propagate_errors(step, growth, {arc.scaled_by: 1 / arc.least for arc in measured})
+        growth = propagate_errors(step, growth, {factor: 1 / factor.least for factor in factors})
         largest = max(growth.values(), default=1.0)
         if ERROR_MARGIN * largest * eps > limit and largest > 1.0 and j + 1 < len(steps):
             kept.add(j + 1)

@@ -71,7 +71,7 @@ class Pass:
 
         Not so of calls that go forwards in stages: the backward comes back to them.
         """
-        if call.unit.gives_exit:
+        if call.unit.is_staged:
             self.staged.append(weakref.ref(call))
             return
         waiting: list[UnitCall] = []

@@ -190,7 +190,7 @@ class Forward:
         if known is None or known.version != saved.version:
             return
         unit = known.call.unit
-        if not unit.gives_exit:
+        if not unit.is_staged:
             saved.drop(known.call, known.slot)
         elif known.slot in unit.lends and known.slot not in known.call.kept:
             known.call.debts[known.slot] = known.call.debts.get(known.slot, 0) + 1
@@ -219,8 +219,8 @@ class Forward:
         # Hold the inputs of the replay, or encode the corrections of its inverses.
         site = self.path.site(matched, self.position)
         earlier = self._earlier_calls(unit, match)
-        if not unit.gives_exit:  # couplings link to couplings only
-            earlier = [link for link in earlier if not link[1].unit.gives_exit]
+        if not unit.is_staged:  # couplings link to couplings only
+            earlier = [link for link in earlier if not link[1].unit.is_staged]
         call = UnitCall(unit, self.backward_pass, {}, {}, match.numbers, match.states, match.layouts)
         call.site, call.kept, call.observer = site, matched.kept, observer.get()
         if self.plan.notes_settings:
@@ -234,16 +234,16 @@ class Forward:
         if unit.dropout_masks:
             self._compress_dropout_masks(call, match)
         exits = match.exits(unit.exit, unit.exit_before_writes)
-        if not unit.gives_exit:
+        if not unit.is_staged:
             call.exits = {held.slot: (held.alias, held.version) for held in exits}
         # Prove the first call of each kind before anything is dropped.
-        kind = (-1 if unit.gives_exit else site), matched, tuple([code is None for code in call.codes])
+        kind = (-1 if unit.is_staged else site), matched, tuple([code is None for code in call.codes])
         if kind not in self.plan.proven and not dispatch.on_fakes.get():
             if not prove_call(matched, call, match, self.plan.reasons):
                 return
             self.plan.proven.add(kind)
         # Link the call with its neighbours, and drop its saved tensors.
-        if unit.gives_exit:
+        if unit.is_staged:
             for slot, lender, exit in earlier:
                 call.borrow(slot, lender, exit)
         self._link(call, earlier, exits)
@@ -338,7 +338,7 @@ class Forward:
         self.addresses, self._latest_exits = [], []
         for held in exits:
             storage, place = None, ()
-            if call.unit.gives_exit and held.memory is not None:
+            if call.unit.is_staged and held.memory is not None:
                 storage, place = weakref.ref(held.tensor.untyped_storage()), place_of(held.tensor)
             exit = Exit(weakref.ref(held.tensor), call, held.slot, held.version, storage, place)
             self._exits[id(held.tensor)] = exit
@@ -355,7 +355,7 @@ class Forward:
             if slot in unit.droppable | unit.compressed and slot not in call.kept:
                 assert saved.tensor is not None
                 self._drop_one(saved, call, slot, saved.tensor)
-            elif unit.gives_exit and saved.tensor is not None:
+            elif unit.is_staged and saved.tensor is not None:
                 self.drop_if_exit(saved, saved.tensor)  # a new view of a tensor that an earlier unit recomputes
 
     def _drop_one(self, saved: SavedTensor, call: UnitCall, slot: int, t: Tensor) -> None:
@@ -375,10 +375,10 @@ class Forward:
         """
         unit = call.unit
         slots = [slot for _, slot in match.saved if slot in unit.droppable and slot not in match.of.kept]
-        if unit.gives_exit:
+        if unit.is_staged:
             slots += [slot for slot in unit.exit if slot in unit.droppable and slot not in match.of.kept]
         slots = [slot for slot in dict.fromkeys(slots) if slot not in unit.workspaces]
-        if unit.gives_exit and not match.of.is_tried:
+        if unit.is_staged and not match.of.is_tried:
             call.trial = match.of
         else:
             slots = slots[-1:]

@@ -86,7 +86,7 @@ def prove_call(matched: UnitPlan, call: UnitCall, match: Match, reasons: dict[st
         stages = (unit.backward,)
     is_right = is_close if call.is_rounded else same_values
     saved = {slot: s.tensor for s, slot in match.saved if s.tensor is not None}
-    if unit.gives_exit:
+    if unit.is_staged:
         saved.update((slot, t) for slot in unit.exit if (t := match.tensor(slot)) is not None)
 
     def check(slot: int, t: Tensor) -> None:

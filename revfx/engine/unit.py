@@ -101,7 +101,8 @@ class Unit:
         compressed: slots of saved tensors of which one bit per element is kept: whether it is positive.
         dropout_masks: by slot of drawn zeros and ones, a slot of a later value in the same allocation that has the
             same zeros.
-        gives_exit: whether the replays give the tensors of the exit as well, so that no call holds them.
+        is_staged: nothing is inverted: the replays, in stages, give the tensors of the exit as well, which no call
+            holds then.
         backward: the replay from the exit; None if nothing is inverted.
         layouts: slots of tensors whose strides are noted.
         workspaces: slots of bytes that a kernel left for the backward, with gaps of undefined content.
@@ -137,7 +138,7 @@ class Unit:
     loan: Replay | None = None
     compressed: frozenset[int] = frozenset()
     dropout_masks: Mapping[int, int] = field(default_factory=dict[int, int])
-    gives_exit: bool = False
+    is_staged: bool = False
     stages: tuple[Replay, ...] = field(init=False)
     last_reader: Mapping[int, int] = field(init=False)
     last_loan: Mapping[int, int] = field(init=False)

@@ -25,7 +25,7 @@ from revfx import _torch, codes
 from revfx.codes.codec import TYPICAL_WIDTH
 from revfx.engine.whole import Whole
 from revfx.fit.compiled import Back
-from revfx.fit.tape import Op, Tape, ValueView
+from revfx.fit.tape import StepOp, Tape, ValueView
 from revfx.layout import span
 from revfx.parts import CompiledPart
 from revfx.passes._torch import is_random
@@ -79,7 +79,7 @@ def estimate_costs(tape: Tape, costs: Sequence[Cost]) -> list[Cost]:
     return [replace(cost, seconds=estimated_seconds(op)) for op, cost in zip(tape.ops, costs, strict=True)]
 
 
-def estimated_seconds(op: Op) -> float:
+def estimated_seconds(op: StepOp) -> float:
     """Return the seconds of an operator that follow from the sizes of its operands and results."""
     views = [*op.reads, *(s for s in op.outs if s is not None)]
     return sum(math.prod(s.shape) * s.dtype.itemsize for s in views) / BYTES_PER_SECOND
@@ -106,7 +106,7 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
             )
 
 
-def signature(tape: Tape, op: Op) -> Hashable:
+def signature(tape: Tape, op: StepOp) -> Hashable:
     """Return a key of the call of an operator, without the numbers in tensors."""
     first: dict[int, int] = {}
     leaves, spec = pytree.tree_flatten((op.args, op.kwargs))
@@ -123,7 +123,7 @@ def signature(tape: Tape, op: Op) -> Hashable:
 
 
 # --- running single operators on made-up operands
-def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
+def _operands(tape: Tape, op: StepOp) -> tuple[Any, Any]:
     """Return arguments like those of `op`: random numbers, and zeros of whole ones, which are valid as indices."""
     blocks: dict[int, Tensor] = {}
 
@@ -147,7 +147,7 @@ def _operands(tape: Tape, op: Op) -> tuple[Any, Any]:
     return pytree.tree_map(made, (op.args, op.kwargs))
 
 
-def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
+def _measured(tape: Tape, ops: Sequence[StepOp], threads: int) -> list[Cost]:
     torch.set_num_threads(threads)
     found: list[Cost] = []
     with warnings.catch_warnings(), _torch.below_autograd():
@@ -159,7 +159,7 @@ def _measured(tape: Tape, ops: Sequence[Op], threads: int) -> list[Cost]:
     return found
 
 
-def _cost(tape: Tape, op: Op) -> Cost:
+def _cost(tape: Tape, op: StepOp) -> Cost:
     """Return the cost of an operator; none if it refuses such operands."""
     if isinstance(op.func, Back) and op.func.is_rest:
         return Cost()

@@ -3,14 +3,15 @@
 With P the price of a second in bytes, the cheapest choice is a minimum cut (as in torch's partitioner, but with
 times): a node on the side of the sink is there in the backward; an operator there runs again, for P times its
 seconds; a value there is kept, for its bytes, if its operator is on the other side. A saved value on the side of the
-source is stored as bits, for their bytes and time.
+source is stored as bits, for their bytes and time. Nodes that are on one side in any cut are one node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import networkx as nx
@@ -25,7 +26,11 @@ PRICES = 10  # how many are tried, besides the following ones
 SIZED = 5e8, 1e9, 2e9, 4e9  # bytes per second, where seconds are estimated from sizes
 EVERYTHING = 1e18  # a price at which all is kept
 
-Edges = Mapping[tuple[Any, Any], tuple[float | None, float]]  # by edge the price of a cut: bytes, and seconds
+FEW = 4  # nodes of a part of the network of which all cuts are compared
+
+Edge = tuple[Any, Any]
+Edges = Mapping[Edge, tuple[float | None, float]]  # by edge the price of a cut: bytes, and seconds
+Side = tuple[frozenset[Any], list[Edge]]
 
 
 @dataclass(frozen=True)
@@ -93,26 +98,61 @@ class Menu:
 
     def choice(self, price: float, edges: Edges) -> Choice:
         """Return the cheapest choice at a price of time, in bytes a second."""
-        network = self._network
         finite = {edge: int(size + price * seconds) for edge, (size, seconds) in edges.items() if size is not None}
-        infinite = network.graph["inf"] = 3 * sum(finite.values()) + 1
-        for a, b in edges:
-            network[a][b]["capacity"] = finite.get((a, b), infinite)
-        boykov_kolmogorov(network, "S", "T", residual=network, value_only=True)
-        there = network.graph["trees"][1].keys()  # the nodes from which capacity is left to the sink
+        infinite = 3 * sum(finite.values()) + 1
+        sink_side: set[Any] = {"T"}  # and the nodes from which capacity is left to the sink
+        for sides in self._parts[0]:
+            sink_side |= min(sides, key=lambda side: sum([finite[edge] for edge in side[1]]))[0]
+        for network, inside in self._parts[1]:
+            network.graph["inf"] = infinite
+            for a, b in inside:
+                network[a][b]["capacity"] = finite.get((a, b), infinite)
+            boykov_kolmogorov(network, "S", "T", residual=network, value_only=True)
+            sink_side.update(network.graph["trees"][1])
+        there = {v for v in self.values.keys() - self.given if self._node(v) in sink_side}
         dropout_masks = self.dropout_masks & there
-        kept = {v for v, o in self.values.items() if v in there and ("operator", o) not in there} - dropout_masks
+        kept = {v for v in there if self._operator_nodes.get(self.values[v]) not in sink_side} - dropout_masks
         gone = self.values.keys() - there - self.given
         compressed = {k for v in gone for k in self.needs.keepable.get(v, ())}
         return Choice(frozenset(kept), frozenset(compressed), frozenset(dropout_masks))
 
     @cached_property
-    def _network(self) -> Any:
-        """Return the residual network of the edges, which all prices use."""
-        graph = nx.DiGraph()
-        graph.add_nodes_from(("S", "T"))
-        graph.add_edges_from((*edge, {"capacity": 1}) for edge in self._sized)
-        return build_residual_network(graph, "capacity")
+    def _parts(self) -> tuple[list[list[Side]], list[tuple[Any, list[Edge]]]]:
+        """Return the parts of the network that share only source and sink, so that each is cut for itself.
+
+        Of small parts, return all cuts without an infinite edge, of larger ones the residual network and the edges.
+        """
+        graph = nx.Graph()
+        for a, b in self._sized:
+            graph.add_nodes_from({a, b} - {"S", "T"})
+            if a != "S" and b != "T":
+                graph.add_edge(a, b)
+        parts: list[set[Any]] = list(nx.connected_components(graph))
+        part_of: dict[Any, int] = {}
+        for n, nodes in enumerate(parts):
+            part_of.update(dict.fromkeys(nodes, n))
+        edges: list[list[Edge]] = [[] for _ in parts]
+        for a, b in self._sized:
+            edges[part_of[b if a == "S" else a]].append((a, b))
+        small: list[list[Side]] = []
+        large: list[tuple[Any, list[Edge]]] = []
+        for nodes, inside in zip(parts, edges, strict=True):
+            if len(nodes) <= FEW:
+                small.append([*self._sides(nodes, inside)])
+            else:
+                part = nx.DiGraph()
+                part.add_nodes_from(("S", "T"))
+                part.add_edges_from((*edge, {"capacity": 1}) for edge in inside)
+                large.append((build_residual_network(part, "capacity"), inside))
+        return small, large
+
+    def _sides(self, nodes: Collection[Any], edges: Sequence[Edge]) -> Iterator[Side]:
+        """Yield the sides of the sink, the smallest first, with the edges that lead there from the other side."""
+        for n in range(len(nodes) + 1):
+            for side in combinations(nodes, n):
+                cut = [(a, b) for a, b in edges if a not in side and (b == "T" or b in side)]
+                if all(self._sized[edge][0] is not None for edge in cut):
+                    yield frozenset(side), cut
 
     @cached_property
     def _sized(self) -> Edges:
@@ -131,26 +171,62 @@ class Menu:
             bit: seconds an element that a bit in its place takes.
         """
         found: dict[tuple[Any, Any], tuple[float | None, float]] = {}
+
+        def add(a: Any, b: Any, size: float | None, seconds: float = 0.0) -> None:
+            if a != b and (a, b) != ("S", "T") and a != "T":  # edges that no cut can save, or none cuts
+                known, known_seconds = found.get((a, b), (0.0, 0.0))
+                found[a, b] = None if size is None or known is None else known + size, known_seconds + seconds
+
+        for o, node in self._operator_nodes.items():
+            add("S", node, 0.0, seconds_of[o] + OVERHEAD)
+            for r in self._read_by(o):
+                add(self._node(r), node, None)
         for v, o in self.values.items():
+            node = self._node(v)
             if v in self.given:
                 continue
-            op, maker = self.needs.replayed[o], ("operator", o)
             if v in self.dropout_masks:
-                found["S", v] = -(-self.needs.elements(v) // BITS), OVERHEAD + bit * self.needs.elements(v)
-            elif op is None:
-                found["S", v] = self._worth(v), 0.0
+                add("S", node, -(-self.needs.elements(v) // BITS), OVERHEAD + bit * self.needs.elements(v))
             else:
-                found["S", maker] = 0.0, seconds_of[o] + OVERHEAD
-                found[maker, v] = self._worth(v), 0.0
-                for r in {s.value for s in op.reads} & self.values.keys() - self.given:
-                    found[r, maker] = None, 0.0
-            saved = self.needs.keepable.get(v, ())
-            if saved and self.needs.compressed >= set(saved):
+                add(self._operator_nodes.get(o, "S"), node, self._worth(v))
+            if node != "T" and (saved := self.needs.keepable.get(v, ())):
                 elements = len(saved) * self.needs.elements(v)
-                found[v, "T"] = elements / BITS, elements * bit
-            elif saved:
-                found[v, "T"] = None, 0.0
+                add(node, "T", elements / BITS, elements * bit)
         return found
+
+    def _read_by(self, operator: int) -> set[int]:
+        """Return the values that an operator that runs again takes from others that may."""
+        return (self.values.keys() - self.given).intersection(self.needs.operands[operator])
+
+    @cached_property
+    def _operator_nodes(self) -> dict[int, Any]:
+        """Return the nodes of operators that may run again.
+
+        One whose results can't be kept, and are read by one other, shares the node of that.
+        """
+        found: dict[int, Any] = {}
+        readers: dict[int, set[Any]] = {}  # by value, the nodes of its readers
+        for o in reversed(self.ops):
+            if self.needs.replayed[o] is None:
+                continue
+            found[o] = node = "operator", o
+            results = self.needs.tape.ops[o].makes
+            if not any(v in self.needs.keepable or v in self.dropout_masks for v in results):
+                following = set[Any]().union(*(readers.get(v, ()) for v in results))
+                if len(following) == 1:
+                    found[o] = node = following.pop()
+            for r in self._read_by(o):
+                readers.setdefault(r, set()).add(node)
+        return found
+
+    def _node(self, value: int) -> Any:
+        """Return the node of a value: the sink, if the backward needs all of it; its operator, if it can't be kept."""
+        saved = self.needs.keepable.get(value)
+        if saved and not self.needs.compressed >= set(saved):
+            return "T"
+        if saved is None and value not in self.dropout_masks:
+            return self._operator_nodes.get(self.values[value], value)
+        return value
 
     def _worth(self, value: int) -> float | None:
         """Return the bytes to keep a value: 0 if its allocation stays anyway; None if the value can't be kept."""

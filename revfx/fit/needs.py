@@ -12,7 +12,7 @@ import torch
 
 from revfx.engine.operators import STATISTICS
 from revfx.engine.whole import Whole
-from revfx.fit.tape import Op, Tape, ValueView
+from revfx.fit.tape import StepOp, Tape, ValueView
 from revfx.layout import span
 
 
@@ -102,9 +102,9 @@ class Needs:
         return written | {n for n, m in enumerate(allocations) if m.storage in storages}
 
     @cached_property
-    def replayed(self) -> list[Op | None]:
+    def replayed(self) -> list[StepOp | None]:
         """Return, by operator of the forward, the operator that recomputes it; None if there is none."""
-        found: list[Op | None] = []
+        found: list[StepOp | None] = []
         tape = self.tape
 
         def is_known(v: int) -> bool:
@@ -148,7 +148,7 @@ class Needs:
         return found
 
 
-def _may_run_again(op: Op) -> bool:
+def _may_run_again(op: StepOp) -> bool:
     """Return whether an operator computes the same in the backward, from the random state that it had."""
     return isinstance(op.func, Whole) or getattr(op.func, "namespace", "") in ("aten", "prims")
 
@@ -168,11 +168,11 @@ def is_dense(view: ValueView) -> bool:
     return math.prod(view.shape) == span(view.shape, view.stride)
 
 
-def _scales(op: Op) -> bool:
+def _scales(op: StepOp) -> bool:
     return op.func in SCALED and isinstance(op.args[1], (int, float)) and 0 < abs(op.args[1]) < float("inf")
 
 
-def pure_variant(op: Op) -> Op:
+def pure_variant(op: StepOp) -> StepOp:
     """Return an operator with the results of `op` and no side effects: normalisations without running statistics."""
     at = STATISTICS.get(op.func, ())
     if not at or not op.args[5]:
@@ -182,7 +182,7 @@ def pure_variant(op: Op) -> Op:
     return replace(op, args=args, reads=tuple(s for s in op.reads if s not in gone))
 
 
-def is_sign_enough(op: Op, argument: int) -> bool:
+def is_sign_enough(op: StepOp, argument: int) -> bool:
     """Return whether an operator of the backward reads no more of an argument than which elements are positive."""
     if op.func == aten.threshold_backward.default:
         return argument == 1 and op.args[2] == 0

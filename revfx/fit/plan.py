@@ -103,13 +103,14 @@ class Plan:
 
     def between(self, values: Iterable[int], known: Collection[int], block: int | None = None) -> Iterator[int]:
         """Yield the operators that recompute values from `known` or kept ones."""
-        todo, seen, available, reads, block_of = [*values], set[int](), self.available, self.reads, self.block_of
+        todo, available, reads, block_of = [*values], self.available, self.reads, self.block_of
+        made_by, seen = self.needs.tape.made_by, set[int | None]()
         while todo:
             v = todo.pop()
-            if v in available or v in known:
+            if made_by[v] in seen or v in available or v in known:
                 continue
             op = self.op_of(v)
-            if op not in seen and (block is None or block == block_of[op]):
+            if block is None or block == block_of[op]:
                 seen.add(op)
                 todo += reads[op]
                 yield op

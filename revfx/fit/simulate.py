@@ -223,8 +223,9 @@ class Model:
                         spikes[2 * p.read_at] = max(spikes.get(2 * p.read_at, 0), spike)
                     seconds += self.bits_seconds(v)
         for block in dict.fromkeys(plan.dropped[k] for k in dropped):
+            stop = self.through(plan.asked[block])
             for v in plan.bases[block]:
-                until[v] = max(until.get(v, 0), self.through(plan.asked[block]))
+                until[v] = max(until.get(v, 0), stop)
         for v, stop in until.items():
             if v in plan.dropout_masks:
                 self._hold_bits(hold, spikes, v, units.end(v), stop)

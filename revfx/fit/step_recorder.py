@@ -24,7 +24,7 @@ from revfx.engine.operators import written_positions
 from revfx.engine.saved import SavedTensor
 from revfx.engine.wrappers import SavedWrapper
 from revfx.fit.compiled import Back, PartCall
-from revfx.fit.tape import Op, SavedRecord, StepAllocation, Tape, ValueView
+from revfx.fit.tape import SavedRecord, StepAllocation, StepOp, Tape, ValueView
 from revfx.passes._torch import is_mutating, is_overload
 from revfx.passes.sizes import tensors_of
 
@@ -183,7 +183,7 @@ class StepRecorder:
             tuple([s for s in known.views if isinstance(s, ValueView)]),
             tuple(range(before, len(tape.allocation_of))),
         )
-        tape.ops.append(Op(known.func, tuple(args), kwargs, reads, outs, known.written, makes, module, where))
+        tape.ops.append(StepOp(known.func, tuple(args), kwargs, reads, outs, known.written, makes, module, where))
         if not self.is_backward:
             self.numbers.append(number)
 

@@ -59,7 +59,7 @@ class StepAllocation:
 
 
 @dataclass(slots=True)
-class Op:
+class StepOp:
     """A call of an operator, with views in the place of tensors.
 
     Attributes:
@@ -121,7 +121,7 @@ class Tape:
     allocations: list[StepAllocation] = field(default_factory=list[StepAllocation])
     allocation_of: list[int] = field(default_factory=list[int])
     made_by: list[int | None] = field(default_factory=list[int | None])
-    ops: list[Op] = field(default_factory=list[Op])
+    ops: list[StepOp] = field(default_factory=list[StepOp])
     saved: list[SavedRecord] = field(default_factory=list[SavedRecord])
     backward_start: int = 0
     reads: dict[int, set[tuple[int, int]]] = field(default_factory=dict[int, set[tuple[int, int]]])

@@ -19,7 +19,7 @@ from revfx.passes.closure import Closure, Derivation, Invert, read_by
 from revfx.passes.cuts import DeadEnd, needed
 from revfx.passes.diagnose import diagnose
 from revfx.passes.formula import formula
-from revfx.passes.program import Op
+from revfx.passes.program import Operation
 from revfx.plan.couplings import lowered_tape
 from revfx.plan.graph import TapeGraph, overwrite, reread
 from revfx.plan.nodes import add_placeholder, empty, layout_of
@@ -82,7 +82,7 @@ def solve(forward: RecordedForward, name: str) -> Solution:
     tape_graph, lowered = lowered_tape(forward.tape, lossless=True, from_inputs=True)
     program = lowered.program
     values = tuple(replace(v, kept=False) for v in program.values)  # no forward runs that could keep any
-    ops: list[Op] = []
+    ops: list[Operation] = []
     for op in program.ops:
         arcs = tuple(a for a in op.arcs if a.amplification <= MAX_AMPLIFICATION)
         ops.append(replace(op, arcs=arcs))

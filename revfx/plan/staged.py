@@ -116,7 +116,7 @@ class StagedBuilder(UnitBuilder):
                 self.slots[mask]: self.slots[source] for mask, source in self.dropped.dropout_masks.items()
             },
             "compressed": frozenset(self._slots_of(self.dropped.compressed)),
-            "gives_exit": True,
+            "is_staged": True,
         }
 
 

@@ -15,7 +15,7 @@ from revfx.parts import CompiledPart
 from revfx.passes._torch import packet_name
 from revfx.passes.composed import rounds
 from revfx.passes.facts import Fact
-from revfx.passes.program import Arc
+from revfx.passes.program import Arc, DataFactor
 from revfx.plan.memory import first_slots, is_filled, is_workspace, overwritten_slots
 from revfx.plan.replays import Action, Inversion, Recompute, ReplayBuilder, SlotMemory, Unreplayable
 from revfx.plan.spans import Span as Span, TapeInverse, find_spans as find_spans
@@ -270,7 +270,7 @@ class UnitBuilder:
         return list(dict.fromkeys(found))
 
     def _needs_code(self, arc: Arc) -> bool:
-        return rounds(arc) and (self.lossless or arc.measured or arc.coded or bool(arc.declared))
+        return rounds(arc) and (self.lossless or isinstance(arc.factor, DataFactor) or arc.coded or bool(arc.declared))
 
 
 def _inputs_of(replays: Sequence[Replay], kind: str) -> frozenset[int]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from revfx.passes.closure import Derivation, Invert, made_by
 from revfx.passes.cuts import Step
 from revfx.passes.formula import formula
-from revfx.passes.program import Program, Value
+from revfx.passes.program import DataFactor, Program, Value
 from revfx.passes.regions import Region
 from revfx.report.data import RegionInfo, ValueLine
 
@@ -90,11 +90,12 @@ def _coupling_kind(steps: Sequence[Step]) -> str:
     for arc in itertools.chain.from_iterable(s.arcs for s in steps):
         if arc.exact:
             continue
-        is_affine |= arc.measured
         if arc.factor is None:
             is_additive = True
-        elif not arc.measured:
-            scales.add(abs(arc.factor))
+        elif isinstance(arc.factor, DataFactor):
+            is_affine = True
+        else:
+            scales.add(arc.factor)
     kinds = ["additive"] * is_additive + ["affine"] * is_affine
     kinds += [f"scaled by {s:.3g}" for s in sorted(scales)[:MAX_SCALES]]
     return ", ".join(dict.fromkeys(kinds)) or "layout"

@@ -14,7 +14,7 @@ from zoo import D
 
 import revfx
 from revfx.passes.elimination import ONE, Elimination
-from revfx.passes.program import Arc, Op, Program, Value
+from revfx.passes.program import Arc, Operation, Program, Value
 from revfx.testing import assert_same_grads, measure_memory
 
 
@@ -115,7 +115,7 @@ A, B, U, V = range(4)
 )
 def test_two_sums_of_two_unknowns(u: dict[int, float], v: dict[int, float], solved: set[int]) -> None:
     values = tuple(Value(name, (3,), torch.float64, 24, i) for i, name in enumerate("abuv"))
-    ops = [Op("sum", (A, B), (out,), terms=tuple(terms.items())) for out, terms in ((U, u), (V, v))]
+    ops = [Operation("sum", (A, B), (out,), terms=tuple(terms.items())) for out, terms in ((U, u), (V, v))]
     known = {U, V}
     sums = Elimination(Program(values, ops, (U, V)), known)
     found: dict[int, Arc] = {}
@@ -133,7 +133,10 @@ def test_two_sums_of_two_unknowns(u: dict[int, float], v: dict[int, float], solv
 def test_a_difference_that_is_a_constant_is_not_solved() -> None:
     """`v = a + 3; u = v - a` does not depend on anything that is known."""
     values = tuple(Value(name, (3,), torch.float64, 24, i) for i, name in enumerate("abuv"))
-    ops = [Op("add", (A,), (V,), terms=((A, 1.0), (ONE, 3.0))), Op("sub", (V, A), (U,), terms=((V, 1.0), (A, -1.0)))]
+    ops = [
+        Operation("add", (A,), (V,), terms=((A, 1.0), (ONE, 3.0))),
+        Operation("sub", (V, A), (U,), terms=((V, 1.0), (A, -1.0))),
+    ]
     sums = Elimination(Program(values, ops, (U,)), set[int]())
     assert [*sums.add(0), *sums.add(1)] == []
 
