@@ -25,12 +25,11 @@ from revfx.fit.simulate import BITS, OVERHEAD, Model
 PRICES = 10  # how many are tried, besides the following ones
 SIZED = 5e8, 1e9, 2e9, 4e9  # bytes per second, where seconds are estimated from sizes
 EVERYTHING = 1e18  # a price at which all is kept
-
-FEW = 4  # nodes of a part of the network of which all cuts are compared
+FEW = 4  # nodes: all cuts are compared of parts of the network with no more
 
 Edge = tuple[Any, Any]
 Edges = Mapping[Edge, tuple[float | None, float]]  # by edge the price of a cut: bytes, and seconds
-Side = tuple[frozenset[Any], list[Edge]]
+Side = tuple[frozenset[Any], list[Edge]]  # nodes on the side of the sink, and the edges that are cut for them
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,7 @@ class Menu:
         self.ops: range = ops
         self.given: frozenset[int] = given
         self.values: dict[int, int] = {v: o for o in self.ops for v in self.needs.tape.ops[o].makes}
+        self.undecided: set[int] = self.values.keys() - given
         self.dropout_masks: set[int] = {v for v in self.values if self.needs.dropout_masks.get(v) in self.values}
 
     def choices(self) -> dict[Choice, bool]:
@@ -101,19 +101,19 @@ class Menu:
         finite = {edge: int(size + price * seconds) for edge, (size, seconds) in edges.items() if size is not None}
         infinite = 3 * sum(finite.values()) + 1
         sink_side: set[Any] = {"T"}  # and the nodes from which capacity is left to the sink
-        for sides in self._parts[0]:
+        small, large = self._parts
+        for sides in small:
             sink_side |= min(sides, key=lambda side: sum([finite[edge] for edge in side[1]]))[0]
-        for network, inside in self._parts[1]:
+        for network, inside in large:
             network.graph["inf"] = infinite
             for a, b in inside:
                 network[a][b]["capacity"] = finite.get((a, b), infinite)
             boykov_kolmogorov(network, "S", "T", residual=network, value_only=True)
             sink_side.update(network.graph["trees"][1])
-        there = {v for v in self.values.keys() - self.given if self._node(v) in sink_side}
+        there = {v for v in self.undecided if self._node(v) in sink_side}
         dropout_masks = self.dropout_masks & there
         kept = {v for v in there if self._operator_nodes.get(self.values[v]) not in sink_side} - dropout_masks
-        gone = self.values.keys() - there - self.given
-        compressed = {k for v in gone for k in self.needs.keepable.get(v, ())}
+        compressed = {k for v in self.undecided - there for k in self.needs.keepable.get(v, ())}
         return Choice(frozenset(kept), frozenset(compressed), frozenset(dropout_masks))
 
     @cached_property
@@ -150,7 +150,8 @@ class Menu:
         """Yield the sides of the sink, the smallest first, with the edges that lead there from the other side."""
         for n in range(len(nodes) + 1):
             for side in combinations(nodes, n):
-                cut = [(a, b) for a, b in edges if a not in side and (b == "T" or b in side)]
+                there = {*side, "T"}
+                cut = [(a, b) for a, b in edges if (a in there) < (b in there)]
                 if all(self._sized[edge][0] is not None for edge in cut):
                     yield frozenset(side), cut
 
@@ -181,10 +182,8 @@ class Menu:
             add("S", node, 0.0, seconds_of[o] + OVERHEAD)
             for r in self._read_by(o):
                 add(self._node(r), node, None)
-        for v, o in self.values.items():
-            node = self._node(v)
-            if v in self.given:
-                continue
+        for v in self.undecided:
+            o, node = self.values[v], self._node(v)
             if v in self.dropout_masks:
                 add("S", node, -(-self.needs.elements(v) // BITS), OVERHEAD + bit * self.needs.elements(v))
             else:
@@ -196,7 +195,7 @@ class Menu:
 
     def _read_by(self, operator: int) -> set[int]:
         """Return the values that an operator that runs again takes from others that may."""
-        return (self.values.keys() - self.given).intersection(self.needs.operands[operator])
+        return self.undecided.intersection(self.needs.operands[operator])
 
     @cached_property
     def _operator_nodes(self) -> dict[int, Any]:
