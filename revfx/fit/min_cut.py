@@ -62,7 +62,7 @@ class Menu:
     def choices(self) -> dict[Choice, bool]:
         """Return the different choices, each with whether it is independent of measured times; those come first."""
         found = dict.fromkeys(self._choices((0.0, *SIZED, EVERYTHING), self._sized), True)
-        for choice in self._choices(self._prices(), self._measured):
+        for choice in self._choices(self._prices(), self.measured_edges):
             found.setdefault(choice, False)
         return found
 
@@ -161,7 +161,8 @@ class Menu:
         return self._edges(self.model.estimates, BIT_COST)
 
     @cached_property
-    def _measured(self) -> Edges:
+    def measured_edges(self) -> Edges:
+        """The edges with measured seconds."""
         return self._edges([c.seconds for c in self.costs], self.model.bit)
 
     def _edges(self, seconds_of: Sequence[float], bit: float) -> Edges:
