@@ -36,6 +36,7 @@ REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it
 LONG = 0.05  # seconds
 FEW, FEWER = 2**15, 2**11  # elements
 BYTES_PER_SECOND = 1e10  # that operators read and write, where their times must not depend on the machine
+ALIGNMENT = 64  # bytes; kernels take as long wherever an operand begins beyond that
 BIT_COST = 1e-9  # seconds per element that is stored as a bit, in such estimates
 
 
@@ -107,14 +108,16 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
 
 
 def signature(tape: Tape, op: StepOp) -> Hashable:
-    """Return a key of the call of an operator, without the numbers in tensors."""
+    """Return a key of the call of an operator, without the numbers in tensors and where in its memory one begins."""
     first: dict[int, int] = {}
     leaves, spec = pytree.tree_flatten((op.args, op.kwargs))
     found: list[Hashable] = []
     for leaf in leaves:
         if isinstance(leaf, ValueView):
             allocation = tape.allocation_of[leaf.value]
-            found.append((first.setdefault(allocation, len(first)), tape.allocations[allocation].device, *leaf.place))
+            shared = first.setdefault(allocation, len(first))
+            alignment = leaf.offset * leaf.dtype.itemsize % ALIGNMENT
+            found.append((shared, tape.allocations[allocation].device, leaf.dtype, leaf.shape, leaf.stride, alignment))
         elif isinstance(leaf, CompiledPart):
             found.append(CompiledPart)  # alike ones take as long
         else:
