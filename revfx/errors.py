@@ -84,6 +84,11 @@ def is_users(file: str) -> bool:
     return not file.startswith((*_FILES, "<"))
 
 
+def is_revfx(file: str) -> bool:
+    """Return whether a file is one of revfx."""
+    return file.startswith(_FILES[1])
+
+
 def warn(text: str, category: type[RevfxWarning]) -> None:
     """Warn at the innermost frame outside of torch and revfx, or at the outermost one."""
     frame: Any = inspect.currentframe()

@@ -21,7 +21,7 @@ from revfx.engine.saved import SavedTensor
 from revfx.engine.tape import Allocation, Op, Ref, Tape, Value, View
 from revfx.engine.whole import Whole, whole_call
 from revfx.engine.wrappers import SavedWrapper, unwrapped
-from revfx.errors import is_users
+from revfx.errors import is_revfx, is_users
 from revfx.parts import CompiledPart
 from revfx.passes._torch import is_overload, is_random
 from revfx.passes.facts import LIMIT
@@ -226,15 +226,24 @@ class Learning(HookedMode):
         return self._enter(t, op)
 
     def _place(self) -> tuple[str, str]:
-        """Return the path of the innermost module that runs, and the user's file and line."""
+        """Return the path of the innermost module that runs, and the user's file and line.
+
+        Reading the variables of a frame, or a profile function, has Python before 3.13 note all of them, and hold them
+        until they are read again. So all frames of the forward are read: an operator sees no tensor that is gone.
+        """
         module = where = ""
+        is_inside = is_outside = False  # of the forward: the engine's own frames come first, its caller's last
         for frame, line in traceback.walk_stack(_torch.caller()):
             code = frame.f_code
+            is_outside |= is_inside and is_revfx(code.co_filename)
+            is_inside |= not is_revfx(code.co_filename)
             if not where and is_users(code.co_filename):
                 where = f"{code.co_filename}:{line}"
-            if not module and code.co_name == "forward":
-                module = self._modules.get(id(frame.f_locals.get("self")), "")
-            if where and module:
+            if is_inside and not is_outside:
+                variables = frame.f_locals
+                if not module and code.co_name == "forward":
+                    module = self._modules.get(id(variables.get("self")), "")
+            if where and is_outside:
                 break
         return module, where
 

@@ -27,7 +27,7 @@ from revfx.plan.blocks import BlockLearning
 
 
 PART = 8  # a block ends when it saved more than this part of all so far ...
-GAIN = 2.5  # ... and so many times the bytes that are handed on from it
+GAIN = 2.9  # ... and so many times the bytes that are handed on from it
 
 
 @dataclass

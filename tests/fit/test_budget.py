@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fit_models import equal, fit_of, make, planned, square, state
-from torch import nn
+import torch
+from fit_models import equal, fit_of, make, peak, planned, square, state
+from torch import Tensor, nn
 
 import revfx
 from revfx import _torch
@@ -56,3 +57,36 @@ def test_a_budget_that_was_missed_is_planned_for_anew(monkeypatch: pytest.Monkey
     monkeypatch.setattr(_torch, "allocated", lambda device: None)
     assert equal(state(model, lambda: square(fitted(x))), want)
     assert fit_of(fitted).plans[0].chosen.load.peak <= most - over
+
+
+class Centred(nn.Module):
+    """It takes the most memory for a moment of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(512, 64)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layer(h - torch.cat((h.detach(),) * 8, 1).mean(1, keepdim=True))
+
+
+class Rebinding(nn.Module):
+    """`h` is another tensor with each line, and nothing else holds the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow, self.centred = nn.Linear(64, 256), Centred()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.narrow(x)
+        h = h + 1
+        h = torch.cat((h, h), 1)
+        return self.centred(h)
+
+
+def test_tensors_are_gone_when_the_program_lets_go_of_them() -> None:
+    """Python before 3.13 holds the variables of a frame that was looked at."""
+    model, x = Rebinding(), torch.randn(256, 64)
+    plain = peak(model, lambda: square(model(x)))
+    fitted: Any = planned(model, x, memory=1.0)
+    assert fit_of(fitted).budget_plans[0].plain == pytest.approx(plain, rel=0.01)
