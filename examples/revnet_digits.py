@@ -2,7 +2,7 @@
 
 The model below is ordinary PyTorch with BatchNorm: nothing in it knows of revfx. The converted run takes a
 fraction of the activation memory, and is the plain one otherwise: every loss, and the weights in the end, are
-the same to the last bit.
+the same to the last bit. At the end it draws a picture of both: losses, and memory over a step.
 
     python examples/revnet_digits.py            # a minute
     python examples/revnet_digits.py --short    # ten seconds
@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import argparse
 import time
+from pathlib import Path
 
 import torch
-from _report import compare, mb, print_comparison, require
+from _report import Comparison, compare, mb, print_comparison, require
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -116,11 +117,34 @@ def make_runs(width: int, couplings: int, steps: int) -> tuple[Run, Run]:
     return Run(models[0], steps), Run(revfx.convert(models[1]), steps)
 
 
+def draw(runs: tuple[Run, Run], step: Comparison, file: Path) -> None:
+    """Write a picture: the losses of both runs, and the memory of one step of each."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    left.plot(runs[0].losses, color="silver", linewidth=5, label="plain")
+    left.plot(runs[1].losses, color="tab:purple", linewidth=1.2, label="revfx")
+    left.set(title="every loss is the same, to the last bit", xlabel="step", ylabel="loss", ylim=(0, None))
+    for name, memory, colour in (("plain", step.plain, "gray"), ("revfx", step.revfx, "tab:purple")):
+        sizes = [nbytes / 1e6 for nbytes in memory.live]
+        times = [i / (len(sizes) - 1) for i in range(len(sizes))]
+        right.fill_between(times, sizes, color=colour, alpha=0.25)
+        right.plot(times, sizes, color=colour, linewidth=1.2, label=f"{name}: at most {mb(memory.peak)}")
+    highest = 1.3 * step.plain.peak / 1e6  # the legend takes the rest
+    right.set(title="memory over one step", xlabel="from its first allocation to its last", ylabel="MB", xticks=[])
+    right.set(ylim=(0, highest), xlim=(0, 1))
+    for axes in (left, right):
+        axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=150)
+
+
 def main() -> None:
-    """Train the models, and print their losses, memory and time."""
+    """Train the models, print their losses, memory and time, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--short", action="store_true", help="three epochs of a narrower net")
     parser.add_argument("--epochs", type=int, help="default: 8")
+    parser.add_argument("--to", type=Path, default=Path("revnet_digits.png"), help="the picture (default: %(default)s)")
     args = parser.parse_args()
     epochs = args.epochs or (3 if args.short else 8)
     width, couplings = (16, 4) if args.short else (24, 6)
@@ -167,6 +191,8 @@ def main() -> None:
     require(measured.saving > 2, "the peak memory is less than half of plain's")
     wanted = 0.9 if args.short else 0.97
     require(min(right) >= wanted, f"both models name {wanted:.0%} of the test digits rightly")
+    draw(runs, measured, args.to)
+    print(f"wrote {args.to}")
 
 
 if __name__ == "__main__":

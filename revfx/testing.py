@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,14 @@ from revfx.modes import store_activations as store_activations
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step beyond those before it: `kept` after the forward, `peak` over forward and backward."""
+    """Bytes of a training step beyond those before it: `kept` after the forward, `peak` over forward and backward.
+
+    `live`: the bytes after each allocation and each release, in order; empty on CUDA, where none is seen.
+    """
 
     kept: int
     peak: int
+    live: tuple[int, ...] = field(default=(), repr=False, compare=False)
 
 
 def assert_same_grads(
@@ -163,16 +167,16 @@ def measure_memory(step: Callable[[], Tensor], *, device: str = "cpu", warm_up: 
         loss = step()
         with record_function("revfx::backward"):
             loss.backward()
-    kept = peak = now = 0
+    kept = 0
+    live = [0]
     profiler: Any = prof.profiler
     events = profiler.kineto_results.events()
     backward_start = next(e.start_ns() for e in events if e.name() == "revfx::backward")
     for e in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        peak = max(peak, now)
+        live.append(live[-1] + e.nbytes())
         if e.start_ns() <= backward_start:
-            kept = now
-    return Memory(kept, peak)
+            kept = live[-1]
+    return Memory(kept, max(live), tuple(live))
 
 
 def _measure_cuda(step: Callable[[], Tensor], device: str) -> Memory:
