@@ -19,6 +19,7 @@ import logging
 import os
 import re
 import shutil
+import sys
 import sysconfig
 import threading
 from functools import cache
@@ -246,8 +247,16 @@ def _built() -> Any:
             library.unlink()
         _check_tools()
         (folder / "lock").unlink(missing_ok=True)
-        LOG.info("Building the native watcher for torch %s. This takes about 15 seconds.", torch.__version__)
+        _tell_of_build()
         return cpp_extension.load(name, str(SOURCES[0]), ["-O2"], build_directory=str(folder), with_cuda=False)
+
+
+def _tell_of_build() -> None:
+    """Tell the log that the extension is built, and a terminal too: nothing else shows there meanwhile."""
+    LOG.info("Building the native watcher for torch %s. This takes about 15 seconds.", torch.__version__)
+    if sys.stderr.isatty():
+        text = f"revfx builds its watcher for torch {torch.__version__}, once. This takes about 15 seconds."
+        print(text, file=sys.stderr, flush=True)
 
 
 def _imported(name: str, library: Path) -> Any:

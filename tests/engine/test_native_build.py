@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,10 @@ def test_without_a_compiler_the_watcher_is_in_python(
         watcher()
 
 
-def test_the_error_of_a_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_the_error_of_a_compiler_is_the_reason(
+    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     compiler = tmp_path / "compiler"
     lines = "#!/bin/sh", "test $1 = --version && exit", "echo 'watch.cpp:1:1: error: nothing works' >&2", "exit 1"
     compiler.write_text("\n".join(lines))
@@ -158,7 +162,9 @@ def test_the_error_of_a_compiler_is_the_reason(monkeypatch: pytest.MonkeyPatch, 
     library.parent.mkdir()
     library.write_bytes(b"a build that was cut off")
     (library.parent / "lock").touch()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
     assert watcher() is Watching
+    assert ("revfx builds its watcher" in capsys.readouterr().err) == is_terminal
     assert NATIVE._library.reason == "watch.cpp:1:1: error: nothing works"
     assert not library.exists()
 
