@@ -228,8 +228,9 @@ class Learning(HookedMode):
     def _place(self) -> tuple[str, str]:
         """Return the path of the innermost module that runs, and the user's file and line.
 
-        Reading the variables of a frame, or a profile function, has Python before 3.13 note all of them, and hold them
-        until they are read again. So all frames of the forward are read: an operator sees no tensor that is gone.
+        Before Python 3.13, a frame whose variables were read, here or for a profile function, holds them as they were
+        until they are read again. So those of all frames of the forward are read: no tensor that the program has let go
+        of is alive when an operator runs.
         """
         module = where = ""
         is_inside = is_outside = False  # of the forward: the engine's own frames come first, its caller's last

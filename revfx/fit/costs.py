@@ -36,7 +36,7 @@ REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it
 LONG = 0.05  # seconds
 FEW, FEWER = 2**15, 2**11  # elements
 BYTES_PER_SECOND = 1e10  # that operators read and write, where their times must not depend on the machine
-ALIGNMENT = 64  # bytes; kernels take as long wherever an operand begins beyond that
+ALIGNMENT = 64  # bytes; wherever an operand begins beyond that, kernels take as long
 BIT_COST = 1e-9  # seconds per element that is stored as a bit, in such estimates
 
 
@@ -108,7 +108,10 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
 
 
 def signature(tape: Tape, op: StepOp) -> Hashable:
-    """Return a key of the call of an operator, without the numbers in tensors and where in its memory one begins."""
+    """Return a key of the call of an operator.
+
+    It has neither the numbers in tensors, nor the place where a tensor begins in its memory, but for the alignment.
+    """
     first: dict[int, int] = {}
     leaves, spec = pytree.tree_flatten((op.args, op.kwargs))
     found: list[Hashable] = []
