@@ -22,7 +22,7 @@ SIGNATURES = {
     "RevBlock.forward": "(self, x1, x2, f_side_input=None, g_side_input=None)",
     "RevBlock.inverse": "(self, y1, y2, f_side_input=None, g_side_input=None)",
     "inverse": "(model, args, kwargs=None)",
-    "explain": "(model, args, kwargs=None, *, memory=None, backend=None, measure=False, loss=None)",
+    "explain": "(model, args=(), kwargs=None, *, memory=None, backend=None, measure=False, loss=None)",
     "ReversiblePartitioner": "(*, strict=False)",
     "register_inverse": "(*ops, by=None)",
     "testing.assert_same_grads": "(model, reference, args, kwargs=None, *, loss=None, rtol=None, seed=0)",

@@ -38,7 +38,7 @@ _log = logging.getLogger("revfx.report")
 
 def explain(
     model: nn.Module,
-    args: Any,
+    args: Any = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
     memory: float | str | None = None,
