@@ -1,4 +1,4 @@
-"""What `revfx.testing` measures."""
+"""Measurements of `revfx.testing`."""
 
 from __future__ import annotations
 
@@ -11,5 +11,6 @@ def test_memory_is_measured_at_each_allocation() -> None:
     x = torch.randn(1000, requires_grad=True)
     memory = measure_memory(lambda: x.sin().exp().sum())
     assert memory.kept == 4004  # the exponential, which the backward reads, and the loss
-    assert max(memory.live) == memory.peak > memory.kept in memory.live
+    assert max(memory.live) == memory.peak
+    assert memory.kept in memory.live
     assert memory.live[0] == 0 and memory.live[-1] == 4  # the loss is held until the end

@@ -254,7 +254,7 @@ def _built() -> Any:
 def _tell_of_build() -> None:
     """Tell the log that the extension is built, and a terminal too: nothing else shows there meanwhile."""
     LOG.info("Building the native watcher for torch %s. This takes about 15 seconds.", torch.__version__)
-    if sys.stderr.isatty():
+    if sys.stderr and sys.stderr.isatty():  # it may be closed
         text = f"revfx builds its watcher for torch {torch.__version__}, once. This takes about 15 seconds."
         print(text, file=sys.stderr, flush=True)
 
