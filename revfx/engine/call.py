@@ -163,8 +163,7 @@ class UnitCall:
             with torch.enable_grad(), dispatch.replaying(), self._as_in_the_forward():
                 if slot not in self.lent:
                     assert self.unit.loan is not None
-                    self._borrow(self.unit.loan)
-                    self._lend({slot})
+                    self._borrow(self.unit.loan, {slot})
             t = self.lent[slot]
             self._repay(slot)
             return t
@@ -177,11 +176,14 @@ class UnitCall:
             if slot in self.unit.last_loan:
                 lender.debts[exit] = lender.debts.get(exit, 0) + 1
 
-    def _borrow(self, replay: Replay) -> None:
-        """Let earlier calls recompute the tensors that a replay borrows, the earliest ones first."""
-        waiting: list[tuple[UnitCall, Replay, set[int]]] = [(self, replay, set())]
+    def _borrow(self, replay: Replay, asked: Collection[int] = ()) -> None:
+        """Let earlier calls recompute the tensors that a replay borrows, the earliest ones first.
+
+        `asked`: slots to lend as well, if it is the replay for loans.
+        """
+        waiting: list[tuple[UnitCall, Replay, set[int]]] = [(self, replay, {*asked})]
         while waiting:
-            call, needing, asked = waiting[-1]
+            call, needing, lending = waiting[-1]
             lacking: dict[int, tuple[UnitCall, set[int]]] = {}
             for kind, slot in needing.inputs:
                 lender, exit = call.borrowed.get(slot, (None, -1)) if kind == "slot" else (None, -1)
@@ -193,8 +195,20 @@ class UnitCall:
                     waiting.append((lender, lender.unit.loan, slots))
                 continue
             waiting.pop()
-            if asked:
-                call._lend(asked)
+            if not lending <= call.lent.keys():
+                call._lend(lending)
+                call._return_loans(needing, waiting)
+
+    def _return_loans(self, loan: Replay, waiting: Sequence[tuple[UnitCall, Replay, set[int]]]) -> None:
+        """Free the tensors that a replay for loans borrowed, but for those that are owed, or that others wait for."""
+        wanted = {
+            call.borrowed.get(slot) for call, replay, _ in waiting for kind, slot in replay.inputs if kind == "slot"
+        }
+        for kind, slot in loan.inputs:
+            if kind == "slot" and slot in self.borrowed and self.borrowed[slot] not in wanted:
+                lender, exit = self.borrowed[slot]
+                if lender.owed.get(exit, 0) <= 0:
+                    lender.lent.pop(exit, None)
 
     def _lend(self, asked: set[int]) -> None:
         """Recompute tensors of the exit: those that are asked for, and others that are owed."""

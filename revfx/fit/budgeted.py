@@ -302,7 +302,7 @@ class BudgetedModel:
             return
         # Search for the fastest plan within the budget, and within less of it if sizes depend on data.
         start = time.perf_counter()
-        planner = Planner(Needs(tape), self.costs.of(tape), any_caller=True)
+        planner = Planner(Needs(tape, recorded.unfilled()), self.costs.of(tape), any_caller=True)
         survey = Survey(planner, InvertedSteps(planner, recorded), LEAST_MARGIN)
         budget = self._budget_of(survey)
         room = 0

@@ -45,7 +45,7 @@ def foreseen_survey(model: nn.Module, args: Any, kwargs: Any) -> Survey:
     costs = Costs().of(recorded.step)
     if not any(cost.seconds for cost in costs):  # on the "meta" device nothing takes time
         costs = estimate_costs(recorded.step, costs)
-    planner = Planner(Needs(recorded.step), costs, any_caller=True)
+    planner = Planner(Needs(recorded.step, recorded.unfilled()), costs, any_caller=True)
     return Survey(planner, InvertedSteps(planner, recorded))
 
 

@@ -11,6 +11,7 @@ from revfx.engine.tape import Tape
 from revfx.fit.plan import Plan
 from revfx.fit.simulate import join
 from revfx.fit.tape import Tape as StepTape
+from revfx.plan.memory import is_unfilled
 from revfx.plan.staged import Dropped
 
 
@@ -33,6 +34,11 @@ class RecordedStep:
     value_of: Mapping[int, int]
     proven: frozenset[int]
     block_of: Mapping[str, str]
+
+    def unfilled(self) -> frozenset[int]:
+        """Return the operators of the step whose results no replay has, such as memory that NumPy fills."""
+        outs = [self.tape.ops[number].outs for number in self.numbers]
+        return frozenset([o for o, made in enumerate(outs) if made and is_unfilled(self.tape, made[0])])
 
 
 @dataclass

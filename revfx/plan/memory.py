@@ -6,16 +6,23 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from revfx.engine.operators import is_view
+from revfx.engine.operators import UNINITIALIZED, is_view
 from revfx.engine.tape import Tape
 from revfx.engine.unit import UnitOp
+from revfx.passes._torch import packet_name
 from revfx.plan.replays import SlotMemory
 
 
 MAX_CHECKED_ELEMENTS = 2**24  # of an uninitialized allocation; writes to parts of a larger one are not tracked
 
 
-def is_filled(tape: Tape, value: int) -> bool:
+def is_unfilled(tape: Tape, value: int) -> bool:
+    """Return whether an operator makes an uninitialized value, and what it holds later is no operator's work."""
+    at = tape.values[value].op
+    return at is not None and packet_name(tape.ops[at].func) in UNINITIALIZED and not _is_filled(tape, value)
+
+
+def _is_filled(tape: Tape, value: int) -> bool:
     """Return whether operators write all of an uninitialized allocation, perhaps part by part, before any reads it."""
     whole = tape.values[value]
     assert whole.op is not None

@@ -8,15 +8,14 @@ from typing import Any
 
 import torch
 
-from revfx.engine.operators import STATISTICS, UNINITIALIZED, is_repeatable, is_view
+from revfx.engine.operators import STATISTICS, is_repeatable, is_view
 from revfx.engine.tape import Op, Ref, Tape
 from revfx.engine.unit import Coded, Number, Replay, Slot, Unit, UnitOp
 from revfx.parts import CompiledPart
-from revfx.passes._torch import packet_name
 from revfx.passes.composed import rounds
 from revfx.passes.facts import Fact
 from revfx.passes.program import Arc, DataFactor
-from revfx.plan.memory import first_slots, is_filled, is_workspace, overwritten_slots
+from revfx.plan.memory import first_slots, is_unfilled, is_workspace, overwritten_slots
 from revfx.plan.replays import Action, Inversion, Recompute, ReplayBuilder, SlotMemory, Unreplayable
 from revfx.plan.spans import Span as Span, TapeInverse, find_spans as find_spans
 
@@ -249,7 +248,7 @@ class UnitBuilder:
         op = self.tape.ops[at]
         if not is_repeatable(op.func) or self.tape.is_outside(value):
             return True
-        return packet_name(op.func) in UNINITIALIZED and not is_filled(self.tape, value)
+        return is_unfilled(self.tape, value)
 
     def _may_change(self, value: int) -> bool:
         """Return whether a tensor may have other content in the backward, with the same version.

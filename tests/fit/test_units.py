@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fit_models import MODELS, encoder, equal, fit_of, make, peak, planned, square, state
@@ -29,6 +30,7 @@ from revfx.fit.kinds import BudgetKind
 from revfx.fit.make_units import units_of
 from revfx.fit.needs import Needs
 from revfx.fit.planner import Planner
+from revfx.fit.simulate import Model
 from revfx.fit.survey import NOTHING
 from revfx.testing import measure_memory
 
@@ -112,6 +114,22 @@ class Splitting(nn.Module):
         for layer in self.layers:
             b, a = nn.functional.leaky_relu_(layer(x)).split(64, 1)
             x = a.sin() * b.tanh()
+        return x
+
+
+class Normalizing(nn.Module):
+    """Divides by magnitudes that NumPy computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x).sin().exp()
+            scale = torch.empty(x.shape)
+            np.abs(x.detach().numpy(), out=scale.numpy())
+            x = x / (1 + scale)
         return x
 
 
@@ -323,3 +341,32 @@ def test_tensors_that_are_filled_part_by_part_can_be_kept(watcher: str, monkeypa
     assert equal(state(model, lambda: loss(fitted(*args))), want)
     assert not kind.plan.reasons
     assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
+
+
+def test_what_a_later_block_has_borrowed_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A value that is recomputed through two blocks takes the first layer's output for a moment only."""
+    (model, args, loss), fitted, kind, recorded = recorded_step("additive", monkeypatch)
+    want = state(model, lambda: loss(model(*args)))
+    assert kind.chosen is not None
+    plan = kind.chosen.plan
+    needs, tape = plan.needs, plan.needs.tape
+    sums = [o for o, op in enumerate(tape.ops[: tape.backward_start]) if op.func is torch.ops.aten.add.Tensor]
+    # Of the first four layers all is kept but their sums, of the later ones each second sum.
+    kept = {v for v in needs.keepable if (o := tape.made_by[v]) is None or 0 < o < sums[3] or o in sums[4::2]}
+    kept = frozenset(v for v in kept if tape.made_by[v] not in (sums[0], sums[1], sums[3]))
+    drawn = keeping(plan, kept, [bisect_left(sums, o) for o in range(tape.backward_start)])
+    foreseen = Model(needs, kind.chosen.model.costs).load(drawn).peak
+    install(kind, recorded, drawn)
+    assert equal(state(model, lambda: loss(fitted(*args))), want)
+    assert not kind.plan.reasons
+    assert peak(model, partial(_step, fitted, args, loss)) <= foreseen
+
+
+def test_memory_that_numpy_fills_is_not_to_be_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "numpy", lambda: (Normalizing(), (torch.randn(512, 64),), square))
+    _, _, kind, recorded = recorded_step("numpy", monkeypatch)
+    empty = torch.ops.aten.empty.memory_format
+    made = [o for o, number in enumerate(recorded.numbers) if recorded.tape.ops[number].func is empty]
+    assert len(made) == 4 and recorded.unfilled() == {*made}
+    assert kind.chosen is not None
+    assert not any(map(kind.chosen.plan.needs.replayed.__getitem__, made))
