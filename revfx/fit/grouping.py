@@ -37,8 +37,11 @@ class RecordedStep:
 
     def unfilled(self) -> frozenset[int]:
         """Return the operators of the step whose results no replay has, such as memory that NumPy fills."""
-        outs = [self.tape.ops[number].outs for number in self.numbers]
-        return frozenset([o for o, made in enumerate(outs) if made and is_unfilled(self.tape, made[0])])
+        found: set[int] = set()
+        for o, number in enumerate(self.numbers):
+            if any(v is not None and is_unfilled(self.tape, v) for v in self.tape.ops[number].outs):
+                found.add(o)
+        return frozenset(found)
 
 
 @dataclass
