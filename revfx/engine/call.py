@@ -185,9 +185,8 @@ class UnitCall:
         while waiting:
             call, needing, lending = waiting[-1]
             lacking: dict[int, tuple[UnitCall, set[int]]] = {}
-            for kind, slot in needing.inputs:
-                lender, exit = call.borrowed.get(slot, (None, -1)) if kind == "slot" else (None, -1)
-                if lender is not None and exit not in lender.lent:
+            for lender, exit in call.loans_of(needing):
+                if exit not in lender.lent:
                     lacking.setdefault(id(lender), (lender, set()))[1].add(exit)
             if lacking:
                 for lender, slots in lacking.values():
@@ -199,16 +198,16 @@ class UnitCall:
                 call._lend(lending)
                 call._return_loans(needing, waiting)
 
+    def loans_of(self, replay: Replay) -> list[tuple[UnitCall, int]]:
+        """Return the tensors that a replay borrows: the earlier calls that give them, and the slots there."""
+        return [self.borrowed[index] for kind, index in replay.inputs if kind == "slot" and index in self.borrowed]
+
     def _return_loans(self, loan: Replay, waiting: Sequence[tuple[UnitCall, Replay, set[int]]]) -> None:
         """Free the tensors that a replay for loans borrowed, but for those that are owed, or that others wait for."""
-        wanted = {
-            call.borrowed.get(slot) for call, replay, _ in waiting for kind, slot in replay.inputs if kind == "slot"
-        }
-        for kind, slot in loan.inputs:
-            if kind == "slot" and slot in self.borrowed and self.borrowed[slot] not in wanted:
-                lender, exit = self.borrowed[slot]
-                if lender.owed.get(exit, 0) <= 0:
-                    lender.lent.pop(exit, None)
+        wanted = [taken for call, replay, _ in waiting for taken in call.loans_of(replay)]
+        for lender, exit in self.loans_of(loan):
+            if lender.owed.get(exit, 0) <= 0 and (lender, exit) not in wanted:
+                lender.lent.pop(exit, None)
 
     def _lend(self, asked: set[int]) -> None:
         """Recompute tensors of the exit: those that are asked for, and others that are owed."""

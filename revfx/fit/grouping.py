@@ -36,7 +36,7 @@ class RecordedStep:
     block_of: Mapping[str, str]
 
     def unfilled(self) -> frozenset[int]:
-        """Return the operators of the step whose results no replay has, such as memory that NumPy fills."""
+        """Return the operators of the step that make memory which no operator fills: no replay has its content."""
         found: set[int] = set()
         for o, number in enumerate(self.numbers):
             if any(v is not None and is_unfilled(self.tape, v) for v in self.tape.ops[number].outs):

@@ -17,7 +17,7 @@ MAX_CHECKED_ELEMENTS = 2**24  # of an uninitialized allocation; writes to parts 
 
 
 def is_unfilled(tape: Tape, value: int) -> bool:
-    """Return whether an operator makes an uninitialized value, and what it holds later is no operator's work."""
+    """Return whether a value is uninitialized memory that operators read before they fill it, as NumPy does that."""
     at = tape.values[value].op
     return at is not None and packet_name(tape.ops[at].func) in UNINITIALIZED and not _is_filled(tape, value)
 

@@ -343,7 +343,7 @@ def test_tensors_that_are_filled_part_by_part_can_be_kept(watcher: str, monkeypa
     assert peak(model, partial(_step, fitted, args, loss)) <= foreseen + SLACK
 
 
-def test_what_a_later_block_has_borrowed_is_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loans_are_freed_when_later_blocks_have_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """A value that is recomputed through two blocks takes the first layer's output for a moment only."""
     (model, args, loss), fitted, kind, recorded = recorded_step("additive", monkeypatch)
     want = state(model, lambda: loss(model(*args)))
@@ -351,9 +351,9 @@ def test_what_a_later_block_has_borrowed_is_freed(monkeypatch: pytest.MonkeyPatc
     plan = kind.chosen.plan
     needs, tape = plan.needs, plan.needs.tape
     sums = [o for o, op in enumerate(tape.ops[: tape.backward_start]) if op.func is torch.ops.aten.add.Tensor]
-    # Of the first four layers all is kept but their sums, of the later ones each second sum.
-    kept = {v for v in needs.keepable if (o := tape.made_by[v]) is None or 0 < o < sums[3] or o in sums[4::2]}
-    kept = frozenset(v for v in kept if tape.made_by[v] not in (sums[0], sums[1], sums[3]))
+    # Drop the first layer, three of the first sums, all of the later layers, and each second of their sums.
+    dropped = {0, sums[0], sums[1], *range(sums[3], tape.backward_start)}.difference(sums[4::2])
+    kept = frozenset(v for v in needs.keepable if tape.made_by[v] not in dropped)
     drawn = keeping(plan, kept, [bisect_left(sums, o) for o in range(tape.backward_start)])
     foreseen = Model(needs, kind.chosen.model.costs).load(drawn).peak
     install(kind, recorded, drawn)
@@ -362,7 +362,7 @@ def test_what_a_later_block_has_borrowed_is_freed(monkeypatch: pytest.MonkeyPatc
     assert peak(model, partial(_step, fitted, args, loss)) <= foreseen
 
 
-def test_memory_that_numpy_fills_is_not_to_be_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_plan_recomputes_memory_that_numpy_fills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "numpy", lambda: (Normalizing(), (torch.randn(512, 64),), square))
     _, _, kind, recorded = recorded_step("numpy", monkeypatch)
     empty = torch.ops.aten.empty.memory_format
