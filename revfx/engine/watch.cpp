@@ -316,15 +316,15 @@ class Watcher : public Observer {
     auto known = plan_->starts.find(op);
     if (has_stopped_ || known == plan_->starts.end()) return {};
     bool begins = std::count(known->second.begin(), known->second.end(), expected_) > 0;
+    bool is_running =
+        std::any_of(running_.begin(), running_.end(), [this](const Running& r) { return r.number == expected_; });
     if (expected_at_ >= 0 && !is_off_path_) {
-      if (number_ < expected_at_ || begins) return of_ways(known->second);
+      if (number_ < expected_at_ || begins || is_running) return of_ways(known->second);
       lose();
       if (!is_off_path_) return candidates(op);
     }
     if (expected_at_ >= 0) return fallback(known->second);
     if (has_varied_ || (running_.empty() && !begins)) return known->second;
-    bool is_running =
-        std::any_of(running_.begin(), running_.end(), [this](const Running& r) { return r.number == expected_; });
     return begins && !is_running ? std::vector<size_t>{expected_} : std::vector<size_t>{};
   }
 

@@ -149,7 +149,8 @@ class Watching(HookedMode):
         candidates = [] if self.has_stopped else self.plan.starts.get(func, [])
         expected, at = self.forward.expected, self.forward.expected_at
         if candidates and at >= 0 and not self.is_off_path:
-            if self.number < at or (self.number == at and expected in candidates):
+            is_running = any(m.of is expected for m in self.active)
+            if self.number < at or is_running or (self.number == at and expected in candidates):
                 beginning = self.forward.beginning(self.number)
                 return [u for u in candidates if u in beginning or (self.number == at and u is expected)]
             if self._loses(self.number):

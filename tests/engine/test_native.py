@@ -14,10 +14,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from watching import FUNCTIONS, ROWS, WIDTH, Couplings, Layer, Step, assert_same, learn, step, subclasses, transforms
+from watching import (
+    FUNCTIONS,
+    ROWS,
+    WIDTH,
+    Couplings,
+    Layer,
+    Step,
+    add_path,
+    assert_same,
+    learn,
+    step,
+    subclasses,
+    transforms,
+)
 
 from revfx.engine.forward import Forward
 from revfx.engine.native import NativeWatching, learner, watcher
+from revfx.engine.plan import Plan
 from revfx.engine.watch import Watching
 
 
@@ -160,6 +174,31 @@ def test_a_forward_that_turns_out_to_be_another_keeps_everything(model: Any, x: 
     watched = step(model, x, watcher(python)(plan))
     assert_same(watched, step(plain, x))
     assert 0 < watched.count < len(plan.sequence)
+
+
+@pytest.mark.parametrize("python", WATCHERS)
+def test_the_expected_unit_goes_on_where_units_of_other_paths_might_begin(python: bool) -> None:
+    middle: list[Callable[[Tensor], Tensor]] = [torch.sigmoid]
+
+    def function(m: Layer, x: Tensor) -> Tensor:
+        y = (x * m.first.weight).tanh().exp().sin()
+        return middle[0](y.cos() * m.second.weight).tanh().exp()
+
+    model, x, plan = Layer(function), torch.randn(WIDTH, WIDTH), Plan()
+    add_path(plan, model, x, python, [(0, 3), (4, 8)])  # mul, tanh, exp, sin; cos, mul, sigmoid, tanh, exp
+    middle[0] = torch.erf
+    add_path(plan, model, x, python, [(0, 4), (5, 6), (7, 8)])  # tanh begins a unit, and is in the first ones
+    paths = {torch.sigmoid: plan.others[0], torch.erf: plan.path}
+    counts: dict[Any, int] = {}
+    for expected in paths:
+        plan.path, plan.others = paths[expected], [path for taken, path in paths.items() if taken is not expected]
+        for taken in paths:
+            middle[0], watching = taken, watcher(python)(plan)
+            watched = step(model, x, watching)
+            assert_same(watched, step(model, x))
+            assert watching.forward.path is paths[taken]
+            counts[expected.__name__, taken.__name__] = watched.count
+    assert counts == {("sigmoid", "sigmoid"): 2, ("sigmoid", "erf"): 2, ("erf", "erf"): 3, ("erf", "sigmoid"): 1}
 
 
 def test_numbers_and_constants_that_differ_end_a_match() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from revfx.engine.learn import Learning
 from revfx.engine.native import learner
 from revfx.engine.plan import Plan
+from revfx.engine.tape import Tape
 from revfx.engine.unit import Unit
 from revfx.plan.couplings import find_couplings
 from revfx.plan.replays import Unreplayable
@@ -154,25 +155,47 @@ FUNCTIONS = [
 # --- plans
 def learn(model: nn.Module, x: Tensor, python: bool, size: int = 0) -> Plan:
     """Return the plan of a model: of its couplings, or of units with `size` operators each."""
+    tape = record(model, x, python)
+    last = len(tape.ops) - 1
+    if size:
+        found = spans([(a, min(a + size - 1, last)) for a in range(0, last + 1, size)])
+    else:
+        found = find_spans(find_couplings(tape))
+    units = units_of(tape, found)
+    plan = Plan()
+    plan.learn(units, list(range(len(units))))
+    return plan
+
+
+def add_path(plan: Plan, model: nn.Module, x: Tensor, python: bool, ranges: Sequence[tuple[int, int]]) -> None:
+    """Add the path that a model takes now to its plan, with units from operators to operators of it."""
+    units = units_of(record(model, x, python), spans(ranges))
+    plan.others = [path for path in (plan.path, *plan.others) if path.sequence]
+    plan.learn(units, [0] * len(units))
+    plan.path.firsts = [first for first, _ in ranges]
+
+
+def record(model: nn.Module, x: Tensor, python: bool) -> Tape:
     learning: Any = learner(Learning, python)(model)
     before = copy.deepcopy(model.state_dict())
     with learning:
         out = model(x)
     model.load_state_dict(before)
-    tape = learning.tape
-    tape.returned = [learning.number(t) for t in pytree.tree_leaves(out)]
-    if not size:
-        found = find_spans(find_couplings(tape))
-    else:
-        none, last = frozenset[int](), len(tape.ops) - 1
-        starts = range(0, last + 1, size)
-        found = [Span(a, min(a + size - 1, last), (), (), (), none, none, none) for a in starts]
-    plan, units = Plan(), list[Unit]()
+    learning.tape.returned = [learning.number(t) for t in pytree.tree_leaves(out)]
+    return learning.tape
+
+
+def spans(ranges: Sequence[tuple[int, int]]) -> list[Span]:
+    none = frozenset[int]()
+    return [Span(first, last, (), (), (), none, none, none) for first, last in ranges]
+
+
+def units_of(tape: Tape, found: Sequence[Span]) -> list[Unit]:
+    units: list[Unit] = []
     for span in found:
         with contextlib.suppress(Unreplayable):
             units.append(UnitBuilder(tape, span).run())
-    plan.learn(units, list(range(len(units))))
-    return plan
+    return units
 
 
 @dataclass
