@@ -15,7 +15,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,7 +25,7 @@ from revfx.engine.native import learner, watcher
 from revfx.engine.plan import NEVER, Plan
 from revfx.errors import BudgetError, Reason, Refusal, name_of
 from revfx.fit.budget import Budget
-from revfx.fit.costs import Costs
+from revfx.fit.costs import Costs, sizes_depend_on_data
 from revfx.fit.grouping import RecordedStep
 from revfx.fit.inverted import InvertedSteps
 from revfx.fit.kinds import BudgetKind, PlainForward, count_elements, covers, sizes_of
@@ -56,7 +55,6 @@ from revfx.fit.unknown_ways import UnknownWay
 from revfx.info import BudgetPlan
 from revfx.modes import runs_plain, sees_the_engine
 from revfx.parts import part_observer, parts_of
-from revfx.passes._torch import is_overload
 from revfx.plan.declared import CallObserver
 from revfx.plan.model import BACK_OFF, call_kind, is_watched, run_plainly_inside, tensors_in
 
@@ -306,7 +304,7 @@ class BudgetedModel:
         survey = Survey(planner, InvertedSteps(planner, recorded), LEAST_MARGIN)
         budget = self._budget_of(survey)
         room = 0
-        if any(torch.Tag.dynamic_output_shape in op.func.tags for op in recorded.tape.ops if is_overload(op.func)):
+        if sizes_depend_on_data(tape):
             room = int(DATA_MARGIN * budget.of(survey.peak))
         with_room = replace(budget, less=budget.less + room)
         chosen = self._carried(survey, with_room) or survey.best(with_room)

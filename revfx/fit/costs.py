@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from revfx import _torch, codes
+from revfx import _fake, _torch, codes
 from revfx.codes.codec import TYPICAL_WIDTH
 from revfx.engine.whole import Whole
 from revfx.fit.compiled import Back
@@ -29,7 +29,7 @@ from revfx.fit.tape import StepOp, Tape, ValueView
 from revfx.layout import span
 from revfx.parts import CompiledPart
 from revfx.passes._torch import is_random
-from revfx.passes.sizes import tensors_of
+from revfx.passes.sizes import mute_logger, tensors_of
 
 
 REPEATS = 3  # runs of each for its time, of which the fastest counts; one if it takes longer than ...
@@ -90,7 +90,7 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
     """Give a tape the results that operators of its forward really have."""
     real: dict[ValueView | None, ValueView] = {}
     for op, cost in zip(tape.ops, costs, strict=False):
-        if torch.Tag.dynamic_output_shape in getattr(op.func, "tags", ()):
+        if _is_dynamic(op):
             continue  # it was measured with other numbers
         for view, found in zip(op.outs, cost.results, strict=False):
             if view is not None and found not in (None, view.place[:3]) and view.value in op.makes:
@@ -105,6 +105,34 @@ def _correct(tape: Tape, costs: Sequence[Cost]) -> None:
             op.args, op.kwargs, op.reads, op.outs = pytree.tree_map_only(
                 ValueView, lambda s: real.get(s, s), (op.args, op.kwargs, op.reads, op.outs)
             )
+
+
+def sizes_depend_on_data(tape: Tape) -> bool:
+    """Return whether a result of the forward has a shape that depends on the numbers in a tensor.
+
+    torch tags all indexing so. With masks it depends on them, with numbers it does not, which fake tensors tell.
+    """
+    dynamic = {signature(tape, op): op for op in tape.ops[: tape.backward_start] if _is_dynamic(op)}
+    return not all(map(_has_fake_results, dynamic.values()))
+
+
+def _is_dynamic(op: StepOp) -> bool:
+    return torch.Tag.dynamic_output_shape in getattr(op.func, "tags", ())
+
+
+def _has_fake_results(op: StepOp) -> bool:
+    """Return whether an operator runs on tensors that have no data."""
+
+    def fake(v: ValueView) -> Tensor:
+        return torch.empty_strided(v.shape, v.stride, dtype=v.dtype)
+
+    with _torch.below_autograd(), _fake.FakeMode(), mute_logger(_fake.FAKE_LOGGER):
+        try:
+            args, kwargs = pytree.tree_map_only(ValueView, fake, (op.args, op.kwargs))
+            op.func(*args, **kwargs)
+        except Exception:  # of any class: it has no fake results, or none of such operands
+            return False
+    return True
 
 
 def signature(tape: Tape, op: StepOp) -> Hashable:
